@@ -1,0 +1,203 @@
+"""The command line: reads options, calls `check`, prints the report, and ends with its exit code.
+
+Nothing here imports torch before it is needed: `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from shardproof.errors import ShardproofError, UsageError
+from shardproof.report import file, show, text
+from shardproof.report.data import Report
+from shardproof.report.progress import progress_on
+from shardproof.spec.loading import load
+from shardproof.spec.parallelism import Parallelism
+from shardproof.spec.strategies import parse
+
+DIVERGED = 1
+"""Exit code where a strategy does not compute the same training as the reference."""
+
+BROKEN = 2
+"""Exit code of an unexpected exception too: Python's own 1 would read as a divergence."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+app = typer.Typer(
+    help="Prove that every parallel layout of a PyTorch model computes the same training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of `shardproof` and of `python -m shardproof`."""
+    try:
+        app(prog_name="shardproof")
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(BROKEN) from error
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        typer.echo(f"shardproof {version('shardproof')}")
+    except PackageNotFoundError:
+        typer.echo("shardproof (run from its sources, not installed)")
+    raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    # A callback of its own keeps `check` a subcommand while it is the only one.
+    del version
+
+
+@app.command("check", short_help="Prove parity, or find the first tensor that is wrong.", no_args_is_help=True)
+def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
+    experiment: Annotated[
+        str, typer.Argument(metavar="EXPERIMENT", help="file.py, file.py:name or package.module:name.")
+    ],
+    strategies: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Names: ddp,tp_fsdp.", show_default="all that fit"),
+    ] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(metavar="DEGREES", help="Or degrees: tp=2,dp_shard=3. Repeatable.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks of a named strategy.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps, if not the experiment's.")] = None,
+    dtype: Annotated[
+        Literal["float64", "float32", "bfloat16"], typer.Option(metavar="DTYPE", help="Or float32, bfloat16.")
+    ] = "float64",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(metavar="DEVICE", help="Or cuda.")] = "cpu",
+    reference: Annotated[str, typer.Option(metavar="NAME", help="The strategy to trust.")] = "single",
+    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="The order of the data.")] = False,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Wait this long for an answer.")] = 600.0,
+    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as a web page.")] = None,
+    show_ranks: Annotated[
+        list[int] | None,
+        typer.Option("--show", min=0, metavar="RANK", help="Print what this rank held. Repeatable."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor, every finding.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the conclusion only.")] = False,
+) -> None:
+    """Train EXPERIMENT on one device and under each strategy, and compare every tensor of every step.
+
+    Prints proof of parity, or the first tensor that is wrong: where, on which ranks, why, and what to change.
+
+    \b
+    Examples:
+      shardproof check train.py
+      shardproof check train.py:decoder --strategies ddp,fsdp,tp_fsdp --ranks 8
+      shardproof check train.py --strategy tp=2,dp_shard=3 --show 0 --show 2
+      shardproof check my_package.experiments:mlp --dtype bfloat16 --json out.json
+
+    \b
+    Exit codes:
+      0  parity: every strategy computes the same training
+      1  divergence
+      2  wrong use, or a broken experiment
+      3  a rank crashed or hung
+    """
+    with _exit_codes():
+        # Whatever is wrong with the options is said before torch is loaded and anything is trained.
+        wanted = _wanted(strategies, strategy or (), ranks)
+        _refuse(timeout, (json, html), both=quiet and verbose)
+        loaded = load(experiment)
+        progress = progress_on(Console(stderr=True), quiet=quiet)
+        try:
+            from shardproof.parity import check  # noqa: PLC0415  (loads torch)
+
+            report = check(
+                loaded,
+                strategies=wanted,
+                ranks=ranks,
+                dtype=dtype,
+                device=device,
+                steps=steps,
+                reference=reference,
+                shuffle=shuffle,
+                timeout_s=timeout,
+                show=tuple(show_ranks or ()),
+                progress=progress,
+            )
+        finally:
+            progress.close()
+        if report is None:
+            # Under torchrun every rank runs this command, and the leader alone has a report: the others end silently.
+            return
+        report = replace(report, experiment=experiment)
+        _print(report, show_ranks or (), quiet=quiet, verbose=verbose)
+        if json is not None:
+            report.to_json(json)
+        if html is not None:
+            report.to_html(html)
+        if not report.ok:
+            raise typer.Exit(DIVERGED)
+
+
+def _refuse(timeout_s: float, paths: Iterable[Path | None], *, both: bool) -> None:
+    """Raises `UsageError` for options that cannot be meant; `both` is whether quiet and verbose are asked for."""
+    if both:
+        raise UsageError("--quiet and --verbose exclude each other; give one")
+    if not timeout_s > 0:
+        raise UsageError(f"--timeout {timeout_s:g}: give a number of seconds above 0")
+    for path in paths:
+        if path is not None:
+            file.check(path)
+
+
+def _print(report: Report, show_ranks: Sequence[int], *, quiet: bool, verbose: bool) -> None:
+    """To stdout: what ranks held first, because the conclusion is to be the last thing on the screen."""
+    console = Console()
+    for rank in show_ranks:
+        show.show(report, rank, console)
+    if quiet:
+        console.print(text.conclusion(report, console.width), soft_wrap=True, highlight=False)
+    else:
+        text.render(report, console, verbose=verbose)
+
+
+def _wanted(names: str | None, degrees: Sequence[str], ranks: int) -> list[Parallelism] | None:
+    """The strategies of both options, each once; None, which is every one that fits, where neither is given."""
+    listed = [] if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    if names is not None and not listed:
+        raise UsageError(f"--strategies {names!r}: holds no name; leave it out to check every strategy that fits")
+    for name in listed:
+        if "=" in name:
+            raise UsageError(f"--strategies {names}: takes names; write --strategy {names} for degrees")
+    texts = dict.fromkeys([*listed, *degrees])
+    return list(dict.fromkeys(parse(text, ranks) for text in texts)) or None
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns errors raised on purpose into a message on stderr and an exit code, without a traceback of ours."""
+    try:
+        yield
+    except ShardproofError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None

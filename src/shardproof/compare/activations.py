@@ -1,0 +1,263 @@
+"""Outputs of modules and their gradients: each rank shows a part of the batch, and perhaps a slice of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from shardproof.compare.layouts import in_order, rearranged, split_dim
+from shardproof.compare.measure import Outcome, Pair, judge, scale, ulp, wide, within
+from shardproof.compare.verdict import Comparison, Verdict
+from shardproof.compare.view import Key, Observed, Reference
+from shardproof.trace.record import Record
+
+PARTIAL = "partial sums over tp"
+"""Layout of an output whose TP peers only add up to the right value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """What the TP peers of one data rank showed in one call: tensors of one part of the batch."""
+
+    data_rank: int
+    microbatch: int
+    call: int
+    """Which call within the micro-batch."""
+    ranks: tuple[int, ...]
+    records: tuple[Record, ...]
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """The best reading of a cell: how its tensors make up their part of the reference."""
+
+    outcome: Outcome
+    layout: str
+
+
+def compare(
+    key: Key, observed: Observed, reference: Reference, factors: Mapping[tuple[int, int], float] | None = None
+) -> Comparison:
+    """One output (or output gradient) over all ranks and micro-batches.
+
+    `factors` maps (step, micro-batch) to the one factor that all gradients of that backward pass may carry.
+    """
+    step, stage, name, part = key
+    base = Comparison(step=step, stage=stage, name=name, part=part, verdict=Verdict.NOT_CHECKED)
+    wholes = reference.tensors(key)
+    shown = sum(1 for _ in observed.held(key))
+    if not wholes or not shown:
+        reason = "the reference has no such tensor" if shown else "this run shows no such tensor"
+        return replace(base, reason=reason)
+    cells, problem = _cells(key, observed, calls=len(wholes))
+    base = replace(base, shape=tuple(wholes[0].shape), floor=max(reference.floor(key), ulp(wholes[0])))
+    if problem:
+        return replace(base, reason=problem)
+    fits = []
+    for cell in cells:
+        factor = (factors or {}).get((step, cell.microbatch), 1.0)
+        whole = wholes[cell.call] if factor == 1.0 else wide(wholes[cell.call]) * factor
+        fit = best_fit(cell, whole, base.floor * abs(factor), observed)
+        if fit is None:
+            got = ", ".join(sorted({str(tuple(t.shape)) for t in cell.tensors}))
+            return replace(base, reason=f"{got} is no part of the reference's {tuple(whole.shape)} by samples or slices")
+        fits.append(fit)
+    result = _merged(base, fits, zero=not any(scale(whole) > 0 for whole in wholes))
+    if stage == "backward" and result.verdict is Verdict.DIFFERENT:
+        # The gradient of an output that does not depend on the samples is a sum over all parts of the batch.
+        summed = _summed_over_parts(cells, wholes, base.floor, factors or {}, observed)
+        if summed is not None:
+            return _merged(base, [summed], zero=False)
+    return result
+
+
+def _summed_over_parts(
+    cells: list[Cell],
+    wholes: list[Tensor],
+    floor: float,
+    factors: Mapping[tuple[int, int], float],
+    observed: Observed,
+) -> Fit | None:
+    """The fit of all cells together, where each holds its own part's contribution to one whole gradient."""
+    shapes = {tuple(tensor.shape for tensor in cell.tensors) for cell in cells}
+    if len(shapes) != 1 or len(wholes) != 1:
+        return None
+    scaled = [[wide(t) / factors.get((cell.records[0].step, cell.microbatch), 1.0) for t in cell.tensors] for cell in cells]
+    together = replace(cells[0], tensors=tuple(torch.stack(parts).sum(0) for parts in zip(*scaled, strict=True)))
+    for fit in _readings(together, wholes[0], floor):
+        if fit.outcome.verdict is not Verdict.DIFFERENT:
+            return replace(fit, layout="partial sums over the parts of the batch")
+    return None
+
+
+def _merged(base: Comparison, fits: list[Fit], *, zero: bool) -> Comparison:
+    if not fits:
+        return replace(base, reason="only filler parts of the batch ran here")
+    outcomes = [fit.outcome for fit in fits]
+    wrong = [fit for fit in fits if fit.outcome.verdict is Verdict.DIFFERENT]
+    errors = [outcome.error for outcome in outcomes]
+    ratios = {outcome.outcome.ratio for outcome in wrong}
+    result = replace(
+        base,
+        verdict=_worst([outcome.verdict for outcome in outcomes]),
+        error=float("nan") if any(e != e for e in errors) else max(errors),
+        ranks=tuple(sorted({rank for fit in wrong for rank in fit.outcome.ranks})),
+        ratio=ratios.pop() if len(ratios) == 1 else None,
+        samples=wrong[0].outcome.samples if wrong else (),
+        layout=(wrong or fits)[0].layout,
+    )
+    if zero and result.verdict is not Verdict.DIFFERENT:
+        return replace(result, verdict=Verdict.NOT_CHECKED, reason="all zero in the reference: a wrong scale is hidden")
+    return result
+
+
+def _worst(verdicts: list[Verdict]) -> Verdict:
+    order = (Verdict.EQUAL, Verdict.ROUNDING, Verdict.DIFFERENT)
+    return max(verdicts, key=order.index)
+
+
+def _cells(key: Key, observed: Observed, *, calls: int) -> tuple[list[Cell], str]:
+    """The cells of a key, fillers left out; or why they cannot be told apart."""
+    per_rank: dict[int, list[tuple[Record, Tensor]]] = {}
+    for rank, record, tensor in observed.held(key):
+        if tensor is not None:
+            per_rank.setdefault(rank, []).append((record, tensor))
+    for entries in per_rank.values():
+        # Backward visits calls in reverse; the record knows which call it belongs to.
+        entries.sort(key=lambda entry: entry[0].call)
+    expected = observed.microbatches * calls
+    odd = {rank: len(entries) for rank, entries in per_rank.items() if len(entries) != expected}
+    if odd or len(per_rank) != observed.parallelism.world_size:
+        rank, count = next(iter(odd.items()), (0, 0))
+        return [], f"shown {count} times on rank {rank}, against {calls} per batch in the reference"
+    cells = []
+    for data_rank in range(observed.parallelism.dp):
+        peers = observed.tp_peers(data_rank)
+        for number in range(expected):
+            microbatch, call = divmod(number, calls)
+            if observed.part(key[0], data_rank, microbatch)[1] == 0:
+                continue
+            entries = [per_rank[rank][number] for rank in peers]
+            cells.append(
+                Cell(
+                    data_rank=data_rank,
+                    microbatch=microbatch,
+                    call=call,
+                    ranks=tuple(peers),
+                    records=tuple(record for record, _ in entries),
+                    tensors=tuple(tensor for _, tensor in entries),
+                )
+            )
+    return cells, ""
+
+
+def best_fit(cell: Cell, whole: Tensor, floor: float, observed: Observed) -> Fit | None:
+    """The reading of a cell that fits its values; the closest one where none does; None where no shape fits."""
+    step = cell.records[0].step
+    closest: Fit | None = None
+    for expected in _parts(whole, observed.part(step, cell.data_rank, cell.microbatch)):
+        for fit in _readings(cell, expected, floor):
+            if fit.outcome.verdict is not Verdict.DIFFERENT:
+                return fit
+            if closest is None or fit.outcome.error < closest.outcome.error:
+                closest = fit
+    return closest
+
+
+def _parts(whole: Tensor, part: tuple[int, int, int]) -> Iterator[Tensor]:
+    """The part of a batch's tensor that belongs to some of its samples: along dim 0, or whichever dim fits.
+
+    Last the whole, for an output that does not depend on the samples (a position embedding).
+    """
+    start, count, total = part
+    for dim in range(whole.dim()):
+        each, rest = divmod(whole.shape[dim], total)
+        if not rest and each and count < total:
+            yield whole.narrow(dim, start * each, count * each)
+    yield whole
+
+
+def _readings(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
+    """Ways in which the peers' tensors can make up `expected`, the simplest first."""
+    tensors = list(cell.tensors)
+    if any(record.piece is not None for record in cell.records):
+        yield from _declared(cell, expected, floor)
+        return
+    if all(tensor.shape == expected.shape for tensor in tensors):
+        yield Fit(outcome=_judge(cell, tensors, [expected] * len(tensors), floor), layout="replicated")
+        if len(tensors) > 1:
+            total = torch.stack([wide(tensor) for tensor in tensors]).sum(0)
+            outcome = _judge(cell, [total] * len(tensors), [expected] * len(tensors), floor)
+            if outcome.verdict is not Verdict.DIFFERENT:
+                yield Fit(outcome=outcome, layout=PARTIAL)
+        return
+    dim = split_dim(tensors, tuple(expected.shape))
+    if dim is None:
+        return
+    yield Fit(
+        outcome=_judge(cell, tensors, in_order(tensors, expected, dim), floor), layout=f"tp: slices of dim {dim}"
+    )
+    other = rearranged(tensors, expected, dim, floor)
+    if other is not None:
+        yield Fit(outcome=_judge(cell, tensors, other, floor), layout=f"tp: rearranged slices of dim {dim}")
+
+
+def _declared(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
+    """DTensors say themselves where their pieces lie."""
+    tensors = dict(zip(cell.ranks, cell.tensors, strict=True))
+    got, want = [], []
+    for rank, record in zip(cell.ranks, cell.records, strict=True):
+        piece = record.piece
+        if piece is None or piece.whole != tuple(expected.shape):
+            return
+        tensor = tensors[rank]
+        for group in piece.pending:
+            tensor = torch.stack([wide(tensors[peer]) for peer in group if peer in tensors]).sum(0)
+        got.append(tensor)
+        want.append(piece.take(expected))
+    yield Fit(outcome=_judge(cell, got, want, floor), layout="declared by DTensor")
+
+
+def _judge(cell: Cell, got: list[Tensor], want: list[Tensor], floor: float) -> Outcome:
+    return judge([Pair(rank=r, got=g, want=w) for r, g, w in zip(cell.ranks, got, want, strict=True)], floor)
+
+
+def backward_factors(keys: list[Key], observed: Observed, reference: Reference) -> dict[tuple[int, int], float]:
+    """(step, micro-batch) -> the factor that its activation gradients carry against the reference.
+
+    DDP's local mean is the reference's times the number of data ranks, and a user may divide at any point. The first
+    output gradient, in the order of the backward pass, that is a constant multiple of the reference tells.
+    """
+    factors: dict[tuple[int, int], float] = {}
+    for key in keys:
+        wholes = reference.tensors(key)
+        cells, problem = _cells(key, observed, calls=max(len(wholes), 1))
+        if problem or not wholes:
+            continue
+        for cell in cells:
+            if (key[0], cell.microbatch) in factors:
+                continue
+            factor = _factor(cell, wholes[cell.call], reference.floor(key), observed)
+            if factor is not None:
+                factors[key[0], cell.microbatch] = factor
+    return factors
+
+
+def _factor(cell: Cell, whole: Tensor, floor: float, observed: Observed) -> float | None:
+    for expected in _parts(whole, observed.part(cell.records[0].step, cell.data_rank, cell.microbatch)):
+        floor = max(floor, ulp(whole))
+        got = cell.tensors[0]
+        if got.shape != expected.shape or cell.records[0].piece is not None:
+            continue
+        square = float((wide(expected) ** 2).sum())
+        if not square > 0:
+            continue
+        factor = float((wide(got) * wide(expected)).sum()) / square
+        residual = float((wide(got) - factor * wide(expected)).abs().max())
+        if factor and within(residual, floor * abs(factor)):
+            return factor
+    return None

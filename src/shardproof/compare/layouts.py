@@ -1,0 +1,65 @@
+"""Find from values alone how plain tensors of several ranks make up one whole: hand-written tensor parallelism."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shardproof.compare.measure import distance, largest, wide, within
+
+
+def split_dim(pieces: list[Tensor], whole: tuple[int, ...]) -> int | None:
+    """The one dim along which pieces of these shapes, one after the other, make up `whole`; None if there is none."""
+    for dim in range(len(whole)):
+        others = all(
+            piece.dim() == len(whole) and all(piece.shape[d] == whole[d] for d in range(len(whole)) if d != dim)
+            for piece in pieces
+        )
+        if others and sum(piece.shape[dim] for piece in pieces) == whole[dim]:
+            return dim
+    return None
+
+
+def in_order(pieces: list[Tensor], whole: Tensor, dim: int) -> list[Tensor]:
+    """What each piece should hold if they lie one after the other along `dim`."""
+    wants, start = [], 0
+    for piece in pieces:
+        wants.append(whole.narrow(dim, start, piece.shape[dim]))
+        start += piece.shape[dim]
+    return wants
+
+
+def rearranged(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[Tensor] | None:
+    """What each piece should hold if they are any slices of `whole` along `dim`, each taken exactly once.
+
+    Fused blocks (query, key and value in one matrix, gate and up) are cut per block, so that a rank's piece is no
+    contiguous slice. Slices are found by a random projection and then held against the whole; None where they do not
+    tile it. A slice that occurs twice in the whole leaves the answer open, and is matched in order.
+    """
+    if not whole.numel():
+        return None
+    probe = torch.randn(whole.numel() // whole.shape[dim], generator=_generator(), dtype=torch.float64)
+    marks = _marks(whole, dim, probe)
+    order = marks.argsort(stable=True)
+    held = torch.cat([_marks(piece, dim, probe) for piece in pieces])
+    # Sorted against sorted: each slice of the whole is used once, and the values then decide whether that is right.
+    matched = torch.empty_like(order)
+    matched[held.argsort(stable=True)] = order
+    wants, start = [], 0
+    for piece in pieces:
+        index = matched[start : start + piece.shape[dim]]
+        start += piece.shape[dim]
+        want = whole.index_select(dim, index)
+        if not within(largest(distance(piece, want)), floor):
+            return None
+        wants.append(want)
+    return wants
+
+
+def _marks(tensor: Tensor, dim: int, probe: Tensor) -> Tensor:
+    """One number per slice along `dim`."""
+    return wide(tensor).movedim(dim, 0).reshape(tensor.shape[dim], -1) @ probe
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

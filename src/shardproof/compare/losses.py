@@ -1,0 +1,101 @@
+"""Losses: every rank computes that of its own part, and logs its own or the mean over data ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shardproof.compare.measure import Outcome, Pair, judge, ulp, wide
+from shardproof.compare.verdict import Comparison, Verdict
+from shardproof.compare.view import Key, Observed, Reference
+from shardproof.trace.record import Record
+
+Held = list[tuple[Record, Tensor]]
+
+
+def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
+    """One kind of loss (`local`, `total`, `count`, `logged`) over all ranks and micro-batches."""
+    step, stage, name, part = key
+    base = Comparison(step=step, stage=stage, name=name, part=part, verdict=Verdict.NOT_CHECKED)
+    wants = reference.tensors(key)
+    per_rank: dict[int, Held] = {}
+    for rank, record, tensor in observed.held(key):
+        if tensor is not None:
+            per_rank.setdefault(rank, []).append((record, tensor))
+    if not wants or not per_rank:
+        return replace(base, reason=_no_partner(part, bool(wants)))
+    # A loss that is called several times a batch counts once, as the sum of its calls does in the reference.
+    want = wide(torch.stack([wide(want) for want in wants]).sum().reshape(()))
+    floor = max(reference.floor(key), ulp(wants[0]))
+    if len(per_rank) != observed.parallelism.world_size:
+        return replace(base, reason=f"shown on {len(per_rank)} of {observed.parallelism.world_size} ranks")
+    if part == "logged":
+        outcome = _logged(per_rank, want, floor, observed)
+    else:
+        counts = {len(entries) for entries in per_rank.values()}
+        if counts != {observed.microbatches * len(wants)}:
+            return replace(base, reason="the loss was not called once per micro-batch through Step.loss")
+        outcome = _combined(per_rank, want, floor, observed, part)
+    return replace(
+        base,
+        verdict=outcome.verdict,
+        error=outcome.error,
+        floor=floor,
+        ranks=outcome.ranks,
+        ratio=outcome.ratio,
+        samples=outcome.samples,
+    )
+
+
+def _no_partner(part: str, in_reference: bool) -> str:
+    if in_reference and part != "logged":
+        return "the loss was not computed through Step.loss"
+    return "this run shows no such tensor" if in_reference else "the reference has no such tensor"
+
+
+def _combined(per_rank: dict[int, Held], want: Tensor, floor: float, observed: Observed, part: str) -> Outcome:
+    """Local losses make up the reference's: weighted over micro-batches, averaged (or summed) over data ranks."""
+    totals = {
+        rank: torch.stack([_share(rank, record, tensor, observed, part) for record, tensor in entries]).sum()
+        for rank, entries in per_rank.items()
+    }
+    summed = part in ("total", "count")
+    return judge(_over_data(totals, want, observed, mean=not summed), floor)
+
+
+def _share(rank: int, record: Record, tensor: Tensor, observed: Observed, part: str) -> Tensor:
+    data_rank = observed.parallelism.coordinates(rank)["dp"]
+    microbatch = min(record.call, observed.microbatches - 1)
+    _, count, total = observed.part(record.step, data_rank, microbatch)
+    if part in ("total", "count"):
+        return wide(tensor) * (1.0 if count else 0.0)
+    return wide(tensor) * (count * observed.parallelism.dp / total)
+
+
+def _over_data(values: dict[int, Tensor], want: Tensor, observed: Observed, *, mean: bool) -> list[Pair]:
+    """What the data ranks together say, once per place on the `tp` axis: TP peers must agree."""
+    parallelism = observed.parallelism
+    peers = [[r for r in values if parallelism.coordinates(r)["tp"] == tp] for tp in range(parallelism.tp)]
+    if observed.batch_split_over_tp:
+        # Every rank has samples of its own, so all of them together make the batch.
+        peers = [sorted(values)]
+    pairs = []
+    for group in peers:
+        stacked = torch.stack([values[rank] for rank in group])
+        if mean:
+            got = stacked.mean()
+        else:
+            got = stacked.sum()
+        pairs += [Pair(rank=rank, got=got, want=want) for rank in group]
+    return pairs
+
+
+def _logged(per_rank: dict[int, Held], want: Tensor, floor: float, observed: Observed) -> Outcome:
+    """Either every rank logs the mean over data ranks, or each its own part's, of which that is the mean."""
+    values = {rank: wide(entries[0][1]).reshape(()) for rank, entries in per_rank.items()}
+    everywhere = judge([Pair(rank=rank, got=value, want=want) for rank, value in values.items()], floor)
+    if everywhere.verdict is not Verdict.DIFFERENT:
+        return everywhere
+    return judge(_over_data(values, want, observed, mean=True), floor)

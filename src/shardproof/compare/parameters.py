@@ -1,0 +1,190 @@
+"""Tensors that belong to a parameter or buffer: values, gradients, optimizer state. Each piece has a known place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shardproof.compare.layouts import in_order, rearranged, split_dim
+from shardproof.compare.measure import Outcome, Pair, judge, scale, ulp
+from shardproof.compare.verdict import Comparison, Verdict
+from shardproof.compare.view import Key, Observed, Reference
+from shardproof.parallel.piece import Piece
+from shardproof.spec.parallelism import AXES
+from shardproof.trace.record import Record
+
+Held = tuple[int, Record, Tensor | None]
+
+ZERO_HIDES = frozenset({"gradient", "grad-norm", "optimizer-state", "update"})
+"""Stages in which a tensor of zeros says nothing: any wrong scale or missing sum leaves it as it is."""
+
+
+def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
+    """One parameter-like tensor over all ranks."""
+    step, stage, name, part = key
+    held = list(observed.held(key))
+    wholes = reference.tensors(key)
+    base = Comparison(step=step, stage=stage, name=name, part=part, verdict=Verdict.NOT_CHECKED)
+    if not held or not reference.trace.by_key.get(key):
+        return replace(base, reason=_no_partner(bool(held), key))
+    shape = next((record.piece.whole for _, record, _ in held if record.piece is not None), ())
+    want = wholes[0] if wholes else None
+    if want is None:
+        return _nothing_expected(base, held, shape)
+    floor = max(reference.floor(key), ulp(want))
+    base = replace(base, shape=tuple(want.shape), floor=floor)
+    misfit = {tuple(r.piece.whole) for _, r, _ in held if r.piece is not None} - {tuple(want.shape)}
+    if misfit:
+        return replace(
+            base,
+            verdict=Verdict.DIFFERENT,
+            error=float("inf"),
+            reason=f"shape {misfit.pop()} against {tuple(want.shape)} in the reference",
+            ranks=tuple(sorted({rank for rank, _, _ in held})),
+        )
+    absent = [rank for rank, record, tensor in held if tensor is None and _expected(record, want).any()]
+    if absent:
+        return replace(
+            base,
+            verdict=Verdict.DIFFERENT,
+            error=scale(want),
+            reason="no gradient where the reference has one",
+            ranks=tuple(absent),
+        )
+    present = [(rank, record, tensor) for rank, record, tensor in held if tensor is not None]
+    outcome, layout, reason = _judge(present, want, floor, observed)
+    result = replace(
+        base,
+        verdict=outcome.verdict,
+        error=outcome.error,
+        ranks=outcome.ranks,
+        ratio=outcome.ratio,
+        samples=outcome.samples,
+        layout=layout,
+        reason=reason,
+    )
+    if result.verdict is not Verdict.DIFFERENT and stage in ZERO_HIDES and want.dim() and not scale(want) > 0:
+        return replace(result, verdict=Verdict.NOT_CHECKED, reason="all zero in the reference: a wrong scale is hidden")
+    return result
+
+
+def _no_partner(observed: bool, key: Key) -> str:
+    if key[1] == "grad-norm":
+        return "clipping inside the experiment's own train_step cannot be seen"
+    return "the reference has no such tensor" if observed else "this run shows no such tensor"
+
+
+def _nothing_expected(base: Comparison, held: list[Held], shape: tuple[int, ...]) -> Comparison:
+    """The reference has no gradient here: zeros are as good as none."""
+    wrong = tuple(rank for rank, _, tensor in held if tensor is not None and bool((tensor != 0).any()))
+    if wrong:
+        error = max(scale(tensor) for _, _, tensor in held if tensor is not None)
+        return replace(
+            base,
+            shape=shape,
+            verdict=Verdict.DIFFERENT,
+            error=error,
+            ranks=wrong,
+            reason="a gradient where the reference has none",
+        )
+    return replace(base, shape=shape, reason="no gradient in the reference")
+
+
+def _expected(record: Record, want: Tensor) -> Tensor:
+    return record.piece.take(want) if record.piece is not None and record.piece.declared else want
+
+
+def _judge(present: list[Held], want: Tensor, floor: float, observed: Observed) -> tuple[Outcome, str, str]:
+    by_hand = [h for h in present if h[1].piece is not None and _by_hand(h[1].piece)]
+    if by_hand:
+        return _judge_by_hand(by_hand, want, floor, observed)
+    pairs = [
+        Pair(rank=rank, got=tensor, want=piece.take(want), piece=piece)
+        for rank, piece, tensor in _summed(present)
+    ]
+    return judge(pairs, floor), describe([(rank, r.piece) for rank, r, _ in present if r.piece], observed), ""
+
+
+def _by_hand(piece: Piece) -> bool:
+    return not piece.declared and piece.shape != piece.whole
+
+
+def _summed(present: list[Held]) -> list[tuple[int, Piece, Tensor]]:
+    """Pieces with pending sums carried out, as whoever uses the tensor next would."""
+    tensors = {rank: tensor for rank, _, tensor in present if tensor is not None}
+    done = []
+    for rank, record, tensor in present:
+        piece = record.piece
+        if piece is None or tensor is None:
+            continue
+        for group in piece.pending:
+            parts = [tensors[peer] for peer in group if peer in tensors]
+            tensor = torch.stack(parts).sum(0) if len(parts) > 1 else tensor
+        done.append((rank, piece, tensor))
+    return done
+
+
+def _judge_by_hand(held: list[Held], want: Tensor, floor: float, observed: Observed) -> tuple[Outcome, str, str]:
+    """Plain tensors smaller than the whole: their place is found from values, and they must tile the whole."""
+    pairs: list[Pair] = []
+    layout, reason = "", ""
+    tensors = {rank: tensor for rank, _, tensor in held if tensor is not None}
+    name = held[0][1].name
+    for data_rank in range(observed.parallelism.dp):
+        peers = [rank for rank in observed.tp_peers(data_rank) if rank in tensors]
+        pieces = [tensors[rank] for rank in peers]
+        if not pieces:
+            continue
+        declared = observed.placements.get(name, {}).get("tp")
+        dim = declared if declared is not None else split_dim(pieces, tuple(want.shape))
+        if dim is None:
+            shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
+            reason = f"pieces {shapes} do not tile the whole {tuple(want.shape)}"
+            outcome = Outcome(
+                verdict=Verdict.DIFFERENT, error=float("inf"), ranks=tuple(peers), ratio=None, samples=()
+            )
+            return outcome, "", reason
+        wants = in_order(pieces, want, dim)
+        layout = f"tp: slices of dim {dim}"
+        plain = judge([Pair(rank=r, got=g, want=w) for r, g, w in zip(peers, pieces, wants, strict=True)], floor)
+        if plain.verdict is Verdict.DIFFERENT and declared is None:
+            other = rearranged(pieces, want, dim, floor)
+            if other is not None:
+                wants, layout = other, f"tp: rearranged slices of dim {dim}"
+        start = 0
+        for rank, piece, expected in zip(peers, pieces, wants, strict=True):
+            offset = tuple(start if d == dim else 0 for d in range(want.dim()))
+            pairs.append(Pair(rank=rank, got=piece, want=expected, offset=offset))
+            start += piece.shape[dim]
+    return judge(pairs, floor), layout, reason
+
+
+def describe(pieces: list[tuple[int, Piece]], observed: Observed) -> str:
+    """`dp_shard: slices of dim 0, tp: slices of dim 1`, or `replicated`, from where the pieces really lie."""
+    at = dict(pieces)
+    said = []
+    for axis in AXES:
+        if getattr(observed.parallelism, axis) == 1:
+            continue
+        for rank, piece in pieces:
+            other = _neighbour(rank, axis, observed, at)
+            if other is None or other == piece:
+                continue
+            if other.stretch != piece.stretch and other.offset == piece.offset:
+                said.append(f"{axis}: stretches of the flattened tensor")
+            else:
+                dims = [d for d in range(len(piece.whole)) if other.offset[d] != piece.offset[d]]
+                said.append(f"{axis}: slices of dim {dims[0] if dims else 0}")
+            break
+    return ", ".join(said) or "replicated"
+
+
+def _neighbour(rank: int, axis: str, observed: Observed, at: dict[int, Piece]) -> Piece | None:
+    own = observed.parallelism.coordinates(rank)
+    for other, piece in at.items():
+        theirs = observed.parallelism.coordinates(other)
+        if other != rank and all(own[a] == theirs[a] for a in AXES if a != axis):
+            return piece
+    return None

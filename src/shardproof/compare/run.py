@@ -1,0 +1,78 @@
+"""Every tensor of a run against the reference, in causal order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shardproof.compare import activations, batches, losses, parameters
+from shardproof.compare.verdict import Comparison, Verdict
+from shardproof.compare.view import Key, Observed, Reference, causal_order
+from shardproof.spec.stages import STAGES
+
+RANDOM = "depends on random numbers, which each data rank draws for its own part (set dropout to 0 to compare)"
+
+
+def compare_run(observed: Observed, reference: Reference) -> list[Comparison]:
+    """One Comparison per tensor, in causal order: nothing that was recorded is left out."""
+    keys = causal_order(reference.trace, observed.ranks)
+    backward = [key for key in keys if key[1] == "backward"]
+    factors = activations.backward_factors(backward, observed, reference)
+    found = []
+    for key in keys:
+        stage = key[1]
+        if stage == "batch":
+            found.append(batches.compare(key, observed))
+        elif stage == "loss":
+            found.append(losses.compare(key, observed, reference))
+        elif stage == "forward":
+            found.append(activations.compare(key, observed, reference))
+        elif stage == "backward":
+            found.append(activations.compare(key, observed, reference, factors))
+        else:
+            found.append(parameters.compare(key, observed, reference))
+    return _only_where_gradients_differ(_without_random(found, observed, reference))
+
+
+def _only_where_gradients_differ(found: list[Comparison]) -> list[Comparison]:
+    """Activation gradients locate a fault; alone they are none, as a user may scale a backward pass as he likes."""
+    wrong = {c.step for c in found if c.stage == "gradient" and c.verdict is Verdict.DIFFERENT}
+    reason = "differs by more than one factor, yet every parameter gradient of the step is right"
+    return [
+        replace(c, verdict=Verdict.NOT_CHECKED, reason=reason)
+        if c.stage == "backward" and c.verdict is Verdict.DIFFERENT and c.step not in wrong
+        else c
+        for c in found
+    ]
+
+
+def _without_random(found: list[Comparison], observed: Observed, reference: Reference) -> list[Comparison]:
+    """From the first draw that is not the reference's own, nothing can be compared."""
+    start = _first_foreign_draw(observed, reference)
+    if start is None:
+        return found
+    step, order = start
+    forward = {key: place for place, key in enumerate(reference.trace.by_key) if key[1] == "forward"}
+
+    def depends(c: Comparison) -> bool:
+        if c.stage == "batch" or c.step < step:
+            return False
+        if c.step == step and c.stage == "forward":
+            return forward.get((c.step, c.stage, c.name, c.part), order) >= order
+        return c.step > step or STAGES.index(c.stage) > STAGES.index("forward")
+
+    return [replace(c, verdict=Verdict.NOT_CHECKED, reason=RANDOM) if depends(c) else c for c in found]
+
+
+def _first_foreign_draw(observed: Observed, reference: Reference) -> tuple[int, int] | None:
+    """(step, place among the reference's keys) of the first output made after draws that the reference did not make."""
+    own: dict[tuple[Key, int], int] = {
+        (record.key, record.call): record.draws for record in reference.trace.records if record.stage == "forward"
+    }
+    place = {key: number for number, key in enumerate(reference.trace.by_key)}
+    found = [
+        (record.step, place.get(record.key, 0))
+        for trace in observed.ranks
+        for record in trace.records
+        if record.draws and own.get((record.key, record.call)) != record.draws
+    ]
+    return min(found, default=None)

@@ -1,0 +1,79 @@
+"""The records of one tensor, from the reference and from all ranks of a run, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from shardproof.spec.parallelism import Parallelism
+from shardproof.spec.stages import STAGES
+from shardproof.trace.file import Trace
+from shardproof.trace.record import Record
+
+Key = tuple[int, str, str, str]
+"""Step, stage, name, part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The trusted run, on one device, and how far rounding alone moves each of its tensors."""
+
+    trace: Trace
+    floors: Mapping[int, float]
+    """Number of the record -> noise floor, in the tensor's own unit."""
+
+    def floor(self, key: Key) -> float:
+        """The largest floor among the records of a key."""
+        return max((self.floors.get(number, 0.0) for number in self.trace.by_key.get(key, ())), default=0.0)
+
+    def tensors(self, key: Key) -> list[Tensor]:
+        """The whole tensors of a key, one per call of the module."""
+        return [self.trace.tensor(n) for n in self.trace.by_key.get(key, ()) if not self.trace.records[n].missing]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """A run under test: the traces of all its ranks, and how its batches were cut."""
+
+    ranks: Sequence[Trace]
+    parallelism: Parallelism
+    microbatches: int
+    batch_split_over_tp: bool = False
+    """Whether TP peers rightly read different samples, because the plan splits the batch over `tp`."""
+
+    samples: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)
+    """Step -> [data rank][micro-batch] -> samples, 0 for a filler part; empty where they could not be counted."""
+
+    placements: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Parameter name -> axis -> dim, where the experiment declares what values cannot tell."""
+
+    def held(self, key: Key) -> Iterator[tuple[int, Record, Tensor | None]]:
+        """(rank, record, tensor) of every piece of a key, rank by rank, in the order of the calls."""
+        for rank, trace in enumerate(self.ranks):
+            for number in trace.by_key.get(key, ()):
+                record = trace.records[number]
+                yield rank, record, None if record.missing else trace.tensor(number)
+
+    def tp_peers(self, data_rank: int) -> list[int]:
+        """Global ranks of one tensor-parallel group, in order."""
+        tp = self.parallelism.tp
+        return list(range(data_rank * tp, data_rank * tp + tp))
+
+    def part(self, step: int, data_rank: int, microbatch: int) -> tuple[int, int, int]:
+        """(first sample, samples, samples of the whole batch) of a part; in units of parts where nobody counted."""
+        counts = self.samples.get(step)
+        if not counts:
+            counts = [[1] * self.microbatches] * self.parallelism.dp
+        flat = [count for row in counts for count in row]
+        at = data_rank * self.microbatches + microbatch
+        return sum(flat[:at]), flat[at], sum(flat)
+
+
+def causal_order(reference: Trace, ranks: Sequence[Trace]) -> list[Key]:
+    """All keys of a run and its reference: by step, then stage, then as the reference recorded them."""
+    keys: dict[Key, None] = dict.fromkeys(reference.by_key)
+    for trace in ranks:
+        keys.update(dict.fromkeys(trace.by_key))
+    return sorted(keys, key=lambda key: (key[0], STAGES.index(key[1])))

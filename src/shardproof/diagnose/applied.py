@@ -1,0 +1,106 @@
+"""Whether a strategy did what its name says, judged by where parameters really lay when the first step was over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from shardproof.diagnose.finding import Finding
+from shardproof.parallel.piece import Piece
+from shardproof.spec.parallelism import AXES, Parallelism
+
+Pieces = Mapping[str, Piece]
+"""Canonical parameter name -> where one rank's part lies."""
+
+
+def sharded_over(ranks: Sequence[Pieces], parallelism: Parallelism) -> dict[str, int]:
+    """Mesh axis -> parameters of which ranks that differ on that axis alone hold different parts."""
+    return {axis: len(split_names(axis, ranks, parallelism)) for axis in AXES if getattr(parallelism, axis) > 1}
+
+
+def split_names(axis: str, ranks: Sequence[Pieces], parallelism: Parallelism) -> list[str]:
+    """Names of the parameters that are split over `axis`."""
+    pairs = [
+        (rank, other)
+        for rank in range(parallelism.world_size)
+        for other in range(rank + 1, parallelism.world_size)
+        if _apart_on(axis, rank, other, parallelism)
+    ]
+    return [name for name in ranks[0] if any(_differs(name, axis, ranks[a], ranks[b], parallelism) for a, b in pairs)]
+
+
+def _apart_on(axis: str, rank: int, other: int, parallelism: Parallelism) -> bool:
+    own, theirs = parallelism.coordinates(rank), parallelism.coordinates(other)
+    return own[axis] != theirs[axis] and all(own[a] == theirs[a] for a in AXES if a != axis)
+
+
+def _differs(name: str, axis: str, first: Pieces, second: Pieces, parallelism: Parallelism) -> bool:
+    if name not in first or name not in second:
+        return False
+    one, two = first[name], second[name]
+    if not one.declared and one.shape != one.whole:
+        # A plain tensor smaller than the whole: split by hand, over tp where there is one.
+        return axis == ("tp" if parallelism.tp > 1 else "dp_shard")
+    return (one.offset, one.shape, one.stretch) != (two.offset, two.shape, two.stretch)
+
+
+def check_applied(
+    ranks: Sequence[Pieces], collectives: Mapping[str, Mapping[str, int]], parallelism: Parallelism
+) -> Finding | None:
+    """A `strategy-not-applied` finding where an axis that was declared did nothing, or the wrong thing."""
+    found = sharded_over(ranks, parallelism)
+    first = next(iter(ranks[0]), "(root)")
+    total = len(ranks[0])
+    everyone = tuple(range(parallelism.world_size))
+    ran = _said(collectives)
+    if parallelism.dp_shard > 1 and not found["dp_shard"]:
+        return _finding(
+            "dp_shard",
+            first,
+            everyone,
+            f"dp_shard={parallelism.dp_shard} was declared, but none of {total} parameters is sharded over it: every "
+            f"rank holds whole copies, as under plain data parallelism. Collectives of the first step: {ran}",
+            "shard the model (fully_shard or FSDP over mesh['dp_shard']), or declare dp_replicate instead",
+        )
+    if parallelism.tp > 1 and not found["tp"] and not _reduces_over_tp(collectives):
+        return _finding(
+            "tp",
+            first,
+            everyone,
+            f"tp={parallelism.tp} was declared, but none of {total} parameters is split over it and no collective ran "
+            f"over it. Collectives of the first step: {ran}",
+            "split the model over mesh['tp'] (parallelize_module with a plan), or declare more data-parallel ranks",
+        )
+    if parallelism.dp_replicate > 1 and found["dp_replicate"]:
+        names = split_names("dp_replicate", ranks, parallelism)
+        return _finding(
+            "dp_replicate",
+            names[0],
+            everyone,
+            f"dp_replicate={parallelism.dp_replicate} was declared to hold replicas, but {len(names)} of {total} "
+            f"parameters are sharded over it. Collectives of the first step: {ran}",
+            "shard over mesh['dp_shard'] alone (HSDP: mesh['dp_replicate', 'dp_shard']), or declare dp_shard instead",
+        )
+    return None
+
+
+def _reduces_over_tp(collectives: Mapping[str, Mapping[str, int]]) -> bool:
+    return any("tp" in axes.split("+") for axes in collectives)
+
+
+def _said(collectives: Mapping[str, Mapping[str, int]]) -> str:
+    said = [f"{count} {name} over {axis}" for axis, names in collectives.items() for name, count in names.items()]
+    return ", ".join(said) or "none"
+
+
+def _finding(axis: str, where: str, ranks: tuple[int, ...], evidence: str, fix: str) -> Finding:
+    return Finding(
+        cause="strategy-not-applied",
+        stage="initial-state",
+        where=where,
+        axis=axis,
+        factor=None,
+        ranks=ranks,
+        step=-1,
+        evidence=evidence,
+        fix=fix,
+    )

@@ -1,0 +1,112 @@
+"""Every error that shardproof raises on purpose, in one tree.
+
+    ShardproofError
+    ├── UsageError              wrong use or a broken experiment; exit code 2
+    │   ├── ExperimentError     the experiment cannot be loaded, built or trained on one device
+    │   │   └── PatternError    a name pattern of the experiment matches nothing
+    │   └── StrategyError       a strategy that does not fit the ranks, the data or the model
+    ├── RankError               a rank did not come back; exit code 3
+    │   ├── RankFailed          user code raised on a rank
+    │   ├── RankDied            the process of a rank ended (a signal, os._exit, out of memory)
+    │   └── RankHung            no rank answered within the time limit
+    └── ParityError             layouts that should agree do not (also an AssertionError); exit code 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class ShardproofError(Exception):
+    """Base of all errors that shardproof raises on purpose."""
+
+    exit_code = 2
+
+
+class UsageError(ShardproofError):
+    """Wrong use: the message names the place, the values and the way out."""
+
+
+class ExperimentError(UsageError):
+    """The experiment itself is broken: it cannot be loaded, built or trained, even on one device."""
+
+
+class PatternError(ExperimentError):
+    """A name pattern of the experiment (`tp_plan`, `fsdp_units`, `placements`) matches nothing."""
+
+
+class StrategyError(UsageError):
+    """A strategy that does not fit the number of ranks, the batch or the model."""
+
+
+class RankError(ShardproofError):
+    """A rank did not come back with an answer."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """What a rank knew about the exception that stopped it: plain data, so that it crosses a pipe."""
+
+    rank: int
+    type_name: str
+    """Name of the exception's class, as `TypeError`."""
+    message: str
+    file: str
+    """Innermost file of the user's own code (not of torch, not of shardproof), or the innermost file at all."""
+    line: int
+    traceback: str
+    """The traceback from the first frame of the user's code on."""
+
+
+class RankFailed(RankError):
+    """User code raised on a rank. `failure` holds the rank, the user's file and line and the traceback."""
+
+    def __init__(self, failure: Failure, *, during: str = "") -> None:
+        self.failure = failure
+        self.during = during
+        where = f" in {during}" if during else ""
+        super().__init__(
+            f"rank {failure.rank} failed{where} at {failure.file}:{failure.line}: "
+            f"{failure.type_name}: {failure.message}\n\n{failure.traceback.rstrip()}"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_failed, (self.failure, self.during)
+
+
+def _rebuild_failed(failure: Failure, during: str) -> RankFailed:
+    return RankFailed(failure, during=during)
+
+
+class RankDied(RankError):
+    """The process of a rank ended before it answered: killed, out of memory, or `os._exit` in user code."""
+
+    def __init__(self, rank: int, how: str, *, during: str = "") -> None:
+        self.rank, self.how, self.during = rank, how, during
+        where = f" in {during}" if during else ""
+        super().__init__(f"rank {rank} died{where}: {how}")
+
+
+class RankHung(RankError):
+    """No answer within the time limit. `stacks` maps each rank to its Python stack at that moment."""
+
+    def __init__(self, timeout_s: float, stacks: dict[int, str], *, during: str = "") -> None:
+        self.timeout_s, self.stacks, self.during = timeout_s, stacks, during
+        where = f" in {during}" if during else ""
+        shown = "\n\n".join(f"rank {rank}:\n{stack.rstrip()}" for rank, stack in sorted(stacks.items()))
+        super().__init__(
+            f"no answer{where} within {timeout_s:g} s; raise the limit with --timeout if the step is just slow. "
+            f"Where each rank was:\n\n{shown}"
+        )
+
+
+class ParityError(ShardproofError, AssertionError):
+    """Layouts that should compute the same training do not. The text is the report, `report` the data."""
+
+    exit_code = 1
+
+    def __init__(self, report: object) -> None:
+        self.report = report
+        super().__init__(f"\n{report}")

@@ -1,0 +1,76 @@
+"""Lay a model out over a mesh: one short function per strategy family, applied inside out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from shardproof.errors import ExperimentError, StrategyError
+from shardproof.parallel import plan
+from shardproof.parallel.flat import flat
+from shardproof.spec.experiment import Experiment
+from shardproof.spec.parallelism import Parallelism
+from shardproof.spec.patterns import select
+
+
+def lay_out(model: nn.Module, experiment: Experiment, mesh: DeviceMesh, parallelism: Parallelism) -> nn.Module:
+    """The model under `parallelism`: by the experiment's own `parallelize` where it has one, else by shardproof's.
+
+    Raises `StrategyError` where the strategy needs a plan that is not there, `PatternError` where names do not match.
+    """
+    if experiment.parallelize is not None:
+        laid_out = experiment.parallelize(model, mesh, parallelism)
+        if not isinstance(laid_out, nn.Module):
+            raise ExperimentError(
+                f"Experiment.parallelize returned {laid_out!r}; it must return the laid-out nn.Module"
+            )
+        return laid_out
+    units = [model.get_submodule(name) for name in unit_names(model, experiment.fsdp_units)]
+    # TP first: fully_shard and FSDP must see the tp-sharded parameter to split it once more.
+    if parallelism.tp > 1:
+        if not experiment.tp_plan:
+            raise StrategyError(
+                f"{parallelism.strategy}: tensor parallelism needs Experiment.tp_plan, as "
+                '{"fc1": "colwise", "fc2": "rowwise"}, or Experiment.parallelize'
+            )
+        plan.apply(model, experiment.tp_plan, mesh["tp"])
+    if parallelism.flat_parameters:
+        return flat(model, units, mesh)
+    if parallelism.dp_shard > 1:
+        return sharded(model, units, mesh, replicas=parallelism.dp_replicate)
+    if parallelism.dp_replicate > 1:
+        # DDP cannot hold DTensors (torch 2.13 mixes them with plain tensors in its first broadcast); HSDP with
+        # one shard is the same data parallelism, and what torch's own `replicate` is made of.
+        return sharded(model, [], mesh, replicas=parallelism.dp_replicate) if parallelism.tp > 1 else replicated(
+            model, mesh
+        )
+    return model
+
+
+def unit_names(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Modules that become FSDP units, innermost first: a unit must be sharded before the unit around it."""
+    modules = dict(model.named_modules())
+    names = {name for pattern in patterns for name in select(modules, pattern, field="fsdp_units")}
+    return sorted(names, key=lambda name: -name.count("."))
+
+
+def replicated(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """DistributedDataParallel over the data axes."""
+    return DistributedDataParallel(
+        model,
+        device_ids=[torch.cuda.current_device()] if mesh.device_type == "cuda" else None,
+        process_group=mesh["dp_replicate"].get_group(),
+        # A parameter that gets no gradient would otherwise leave its whole bucket unreduced, in silence.
+        find_unused_parameters=True,
+    )
+
+
+def sharded(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, *, replicas: int) -> nn.Module:
+    """fully_shard over `dp_shard`, with `dp_replicate` around it for HSDP."""
+    axes = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
+    for unit in units:
+        fully_shard(unit, mesh=axes)
+    return fully_shard(model, mesh=axes)

@@ -1,0 +1,148 @@
+"""`check`: train an experiment under every strategy, hold each run against one device, and report."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardproof.errors import ParityError, StrategyError, UsageError
+from shardproof.ranks import start
+from shardproof.ranks.forked import ForkedRanks
+from shardproof.report.data import Report
+from shardproof.report.progress import Progress, Silent
+from shardproof.session import Session
+from shardproof.spec.experiment import Experiment
+from shardproof.spec.parallelism import Parallelism
+from shardproof.spec.strategies import fitting, parse
+from shardproof.worker import Worker
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What `dtype` takes; the torch dtypes themselves are taken too."""
+
+
+def check(  # noqa: PLR0913 (one call is the whole interface; its names are those of the command line)
+    experiment: Experiment,
+    strategies: Sequence[str | Parallelism] | None = None,
+    ranks: int = 4,
+    *,
+    dtype: str | torch.dtype = "float64",
+    device: str = "cpu",
+    steps: int | None = None,
+    reference: str | Experiment = "single",
+    shuffle: bool = False,
+    timeout_s: float = 600.0,
+    show: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Train `experiment` under every strategy and hold each run, tensor by tensor, against one device.
+
+    `strategies` are names (`ddp`), degrees (`tp=2,dp_shard=3`, which bring their own number of ranks) or
+    `Parallelism`; all that fit `ranks` if None. `reference` is `single`, or another Experiment that is trained on one
+    device instead. `show` lists ranks whose tensors the report should hold. `timeout_s` limits each piece of work.
+
+    Raises `UsageError` for wrong use or a broken experiment, `RankError` where a rank failed, died or hung. Under
+    torchrun it returns None on every rank but the first.
+    """
+    layouts = _layouts(experiment, strategies, ranks)
+    size = max(layout.world_size for layout in layouts)
+    bad = [rank for rank in show if not 0 <= rank < size]
+    if bad:
+        raise UsageError(f"show {bad[0]}: there are ranks 0 to {size - 1}")
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
+        worker = Worker(
+            experiment=experiment,
+            trusted=_trusted(experiment, reference),
+            folder=Path(folder),
+            dtype=_dtype(dtype),
+            steps=_steps(experiment, steps),
+            shuffle=shuffle,
+        )
+        session = Session(worker=worker, show=tuple(show), progress=progress or Silent())
+        pending, runs, left_out = list(layouts), [], []
+        while pending:
+            with start(size, worker, timeout_s=timeout_s, device=device) as pool:
+                if not pool.leader:
+                    return None  # type: ignore[return-value]  # the leader's report is the only one
+                session.use(pool)
+                try:
+                    while pending:
+                        runs.append(session.check(pending[0]))
+                        pending.pop(0)
+                except StrategyError as error:
+                    # What nobody asked for by name need not fit; torchrun's ranks cannot be started anew.
+                    if strategies is not None or not isinstance(pool, ForkedRanks):
+                        raise
+                    left_out.append(f"left out: {error}")
+                    pending.pop(0)
+    return Report(
+        experiment=_name(experiment),
+        runs=tuple(runs),
+        ranks=size,
+        steps=worker.steps,
+        dtype=str(worker.dtype).removeprefix("torch."),
+        device=device,
+        reference=reference if isinstance(reference, str) else f"single, of {_name(reference)}",
+        warnings=tuple(left_out),
+        time_s=time.perf_counter() - started,
+    )
+
+
+def assert_parity(experiment: Experiment, *args: Any, **options: Any) -> None:
+    """`check`, and raise `ParityError` (an AssertionError whose text is the report) unless every strategy agrees."""
+    report = check(experiment, *args, **options)
+    if report is not None and not report.ok:
+        raise ParityError(report)
+
+
+def _layouts(
+    experiment: Experiment, strategies: Sequence[str | Parallelism] | None, ranks: int
+) -> tuple[Parallelism, ...]:
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise StrategyError(f"ranks={ranks!r}: a number of ranks is a whole number of at least 1")
+    if isinstance(strategies, str):
+        raise StrategyError(f"strategies={strategies!r} is one text; give a sequence, as ({strategies!r},)")
+    if strategies is None:
+        strategies = fitting(ranks, tp=bool(experiment.tp_plan) or experiment.parallelize is not None)
+        if experiment.batch_size:
+            strategies = [name for name in strategies if not experiment.batch_size % _parts(name, ranks, experiment)]
+    if not strategies:
+        raise StrategyError("no strategy to check; name at least one, as ddp")
+    return tuple(parse(strategy, ranks) for strategy in strategies)
+
+
+def _parts(name: str, ranks: int, experiment: Experiment) -> int:
+    return parse(name, ranks).dp * experiment.microbatches
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _steps(experiment: Experiment, steps: int | None) -> int:
+    steps = experiment.steps if steps is None else steps
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"steps={steps!r}: a number of steps is a whole number of at least 1")
+    return steps
+
+
+def _trusted(experiment: Experiment, reference: str | Experiment) -> Experiment:
+    if isinstance(reference, Experiment):
+        return reference
+    if reference.strip().lower() != "single":
+        raise UsageError(f"reference {reference!r}: give 'single', or another Experiment to be trained on one device")
+    return experiment
+
+
+def _name(experiment: Experiment) -> str:
+    return str(getattr(experiment.model, "__qualname__", None) or type(experiment.model).__name__)

@@ -1,0 +1,133 @@
+"""The outcome of a check: plain data, of which text, JSON and HTML are views."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shardproof.compare.verdict import Comparison, Verdict
+from shardproof.diagnose.finding import Finding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """One tensor that one rank held, as `--show RANK` prints it."""
+
+    step: int
+    stage: str
+    name: str
+    part: str
+    layout: str
+    """Which part of the canonical tensor the rank held."""
+    shape: tuple[int, ...]
+    """Of the rank's own piece."""
+    values: object
+    """The rank's own piece as nested lists of numbers (`tensor.tolist()`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One strategy against the reference."""
+
+    strategy: str
+    """The name it was asked for by."""
+
+    degrees: Mapping[str, int]
+    """Ranks per mesh axis."""
+
+    comparisons: tuple[Comparison, ...]
+    """One per tensor, in causal order."""
+
+    findings: tuple[Finding, ...]
+    """The first divergence first; empty where the run agrees with the reference."""
+
+    sharded: Mapping[str, int] = field(default_factory=dict)
+    """Mesh axis -> parameters that were really split over it when the optimizer stepped."""
+
+    collectives: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Mesh axis (or axes, joined by `+`) -> collective -> how often it ran in the first step, on rank 0."""
+
+    notes: tuple[str, ...] = ()
+    """What a reader should know beside the verdicts."""
+
+    shown: Mapping[int, tuple[Shown, ...]] = field(default_factory=dict)
+    """Rank -> what it held, for the ranks that `show` asked for."""
+
+    time_s: float = 0.0
+    """Wall clock of the run and its comparison."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found and something was compared: no finding, no tensor that differs, some that agree."""
+        verdicts = self.verdicts
+        agree = verdicts[Verdict.EQUAL] + verdicts[Verdict.ROUNDING]
+        return not self.findings and not verdicts[Verdict.DIFFERENT] and agree > 0
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """How many tensors got each verdict; all four are always there."""
+        counted = Counter(comparison.verdict for comparison in self.comparisons)
+        return {str(verdict): counted[verdict] for verdict in Verdict}
+
+    @property
+    def worst(self) -> Comparison | None:
+        """The tensor furthest from the reference in units of its noise floor, or None where all are equal."""
+        moved = [c for c in self.comparisons if c.verdict in (Verdict.ROUNDING, Verdict.DIFFERENT)]
+        # NaN compares with nothing, and nothing is worse.
+        return max(moved, key=lambda c: float("inf") if math.isnan(c.floors) else c.floors, default=None)
+
+    @property
+    def not_checked(self) -> dict[str, int]:
+        """Reason -> number of tensors about which nothing can be said."""
+        return dict(Counter(c.reason for c in self.comparisons if c.verdict is Verdict.NOT_CHECKED))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """Every strategy of a check against the reference."""
+
+    experiment: str
+    """What was checked, as a reader knows it."""
+
+    runs: tuple[Run, ...]
+    ranks: int
+    steps: int
+    dtype: str
+    device: str
+    reference: str
+    """The trusted run, as `single`."""
+
+    warnings: tuple[str, ...] = ()
+    """What the experiment itself hides."""
+
+    time_s: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every strategy computes the same training as the reference."""
+        return bool(self.runs) and all(run.ok for run in self.runs)
+
+    @property
+    def first(self) -> Finding | None:
+        """The first finding of the first run that has one, or None."""
+        return next((finding for run in self.runs for finding in run.findings), None)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report to `path`, in the public names plus `schema_version`."""
+        from shardproof.report.json import write  # noqa: PLC0415 (views are loaded when asked for)
+
+        write(self, Path(path))
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report to `path` as one self-contained page."""
+        from shardproof.report.html import write  # noqa: PLC0415 (views are loaded when asked for)
+
+        write(self, Path(path))
+
+    def __str__(self) -> str:
+        from shardproof.report.text import plain  # noqa: PLC0415 (views are loaded when asked for)
+
+        return plain(self)

@@ -1,0 +1,192 @@
+"""A check in progress: run a strategy on the ranks, see to a reference that read the same, compare, explain."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shardproof.compare.reads import Reads, digest_of, understand
+from shardproof.compare.view import Observed
+from shardproof.diagnose.applied import check_applied, sharded_over
+from shardproof.diagnose.explain import Facts, explain
+from shardproof.errors import UsageError
+from shardproof.parallel.mesh import axis_of
+from shardproof.parallel.plan import splits_batch
+from shardproof.ranks import Ranks
+from shardproof.report.data import Run
+from shardproof.report.progress import Progress
+from shardproof.spec.parallelism import AXES, Parallelism
+from shardproof.train.run import Summary, Variant
+from shardproof.worker import Replay, Worker
+
+DRAWS = 4
+"""Disturbed runs of the reference from which the noise floor is taken."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trusted:
+    """A finished reference run."""
+
+    name: str
+    summary: Summary
+    floors: Mapping[int, float]
+    """Number of a record -> how far rounding alone moves its tensor."""
+
+
+@dataclass
+class Session:
+    """What a check has done so far, and the ranks that do the work."""
+
+    worker: Worker
+    show: tuple[int, ...]
+    progress: Progress
+    _ranks: Ranks | None = None
+    _runs: int = 0
+    _trusted: dict[str, Trusted] = field(default_factory=dict)
+    """Digest of what was read -> the reference that read just that."""
+    _content: Counter[str] | None = None
+
+    def use(self, ranks: Ranks) -> None:
+        """Work on these ranks from now on.
+
+        Where the loader is shardproof's own, what will be read is known, so the reference is trained at once: a broken
+        experiment then shows on one device, before anything is laid out.
+        """
+        self._ranks = ranks
+        ranks.on_output = self.progress.message
+        if self.worker.experiment.batches is None and not self._trusted:
+            self._reference("reference", None)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks in use."""
+        if self._ranks is None:
+            raise UsageError("this session has no ranks; call use() first")
+        return self._ranks
+
+    def check(self, layout: Parallelism) -> Run:
+        """Train under one layout, compare with the reference, explain."""
+        self._runs += 1
+        # Degrees are written with = and , which have no place in a file name.
+        name = f"run{self._runs}"
+        started = time.perf_counter()
+        experiment = self.worker.experiment
+        self.progress.starting(f"training under {layout}")
+        summaries = self._train(name, layout, Variant())
+        reads = self._understood(summaries, layout)
+        trusted = self._reference_for(name, reads)
+        self.progress.starting(f"comparing {layout.strategy} with the reference")
+        observed = Observed(
+            ranks=(),
+            parallelism=layout,
+            microbatches=experiment.microbatches,
+            batch_split_over_tp=reads.split_over_tp,
+            samples=reads.samples,
+            placements=experiment.placements or {},
+        )
+        unclipped = self._unclipped(name, layout)
+        compared = self.ranks.call(
+            "compare",
+            name,
+            trusted.name,
+            trusted.floors,
+            observed,
+            unclipped,
+            ranks=[0],
+            during=f"the comparison of {layout.strategy}",
+        )[0]
+        collectives = by_axis(summaries[0].collectives, layout)
+        pieces = [summaries[rank].pieces for rank in range(layout.world_size)]
+        facts = Facts(
+            parallelism=layout,
+            microbatches=experiment.microbatches,
+            batch_split_over_tp=reads.split_over_tp,
+            ties={rank: summary.ties for rank, summary in summaries.items()},
+            reference_ties=trusted.summary.ties,
+            strangers={rank: summary.strangers for rank, summary in summaries.items()},
+            misread=reads.misread,
+            not_applied=check_applied(pieces, collectives, layout),
+        )
+        shown = tuple(rank for rank in self.show if rank < layout.world_size)
+        run = Run(
+            strategy=layout.strategy,
+            degrees=dict(zip(AXES, layout.degrees, strict=True)),
+            comparisons=tuple(compared),
+            findings=tuple(explain(compared, facts)),
+            sharded=sharded_over(pieces, layout),
+            collectives=collectives,
+            shown=self.ranks.call("show", name, shown, ranks=[0])[0] if shown else {},
+            time_s=time.perf_counter() - started,
+        )
+        self.progress.finished(run)
+        return run
+
+    def _train(self, name: str, layout: Parallelism, variant: Variant) -> dict[int, Summary]:
+        ranks = range(layout.world_size)
+        summaries = self.ranks.call("run", name, layout, variant, ranks=ranks, during=layout.strategy)
+        self._gather(name, layout)
+        return summaries
+
+    def _gather(self, name: str, layout: Parallelism) -> None:
+        """Bring the traces of ranks on other machines to this one, a rank at a time."""
+        for rank in range(layout.world_size):
+            if not self.worker.trace(name, rank).exists():
+                files = self.ranks.call("fetch", name, ranks=[rank], during=layout.strategy)[rank]
+                for file, content in files.items():
+                    (self.worker.folder / file).write_bytes(content)
+
+    def _understood(self, summaries: Mapping[int, Summary], layout: Parallelism) -> Reads:
+        experiment = self.worker.experiment
+        if experiment.batches is not None and self._content is None:
+            self._content = self.ranks.call("content", ranks=[0], during="reading the data set")[0]
+        return understand(
+            [summaries[rank].reads for rank in range(layout.world_size)],
+            layout,
+            may_split=splits_batch(experiment.tp_plan),
+            # Shardproof's own loader knows what it reads; only a user's is looked into.
+            data=self._content,
+        )
+
+    def _reference_for(self, name: str, reads: Reads) -> Trusted:
+        known = self._trusted.get(digest_of(reads))
+        return known or self._reference(f"{name}-reference", Replay(name=name, sources=reads.sources))
+
+    def _reference(self, name: str, replay: Replay | None) -> Trusted:
+        self.progress.starting("training the reference on one device")
+        summary = self.ranks.call("reference", name, replay, ranks=[0], during="the reference")[0]
+        variants = [Variant(draw=draw) for draw in range(DRAWS)]
+        if self.worker.low_precision:
+            variants.append(Variant(widened=True))
+        self.progress.starting("measuring the noise floor")
+        floors: dict[int, float] = {}
+        for rank, found in self.ranks.call("draws", name, replay, variants, during="the noise floor").items():
+            del rank
+            for number, moved in found.items():
+                floors[number] = max(floors.get(number, 0.0), moved)
+        trusted = Trusted(name=name, summary=summary, floors=floors)
+        own = understand([summary.reads], Parallelism(), may_split=False, data=None)
+        self._trusted[digest_of(own)] = trusted
+        return trusted
+
+    def _unclipped(self, name: str, layout: Parallelism) -> str | None:
+        """Run a user's own clipping step once more with an unreachable limit, to see its gradients before clipping."""
+        experiment = self.worker.experiment
+        if experiment.train_step is None or experiment.max_grad_norm is None:
+            return None
+        again = f"{name}-unclipped"
+        self._train(again, layout, Variant(unclipped=True))
+        return again
+
+
+def by_axis(
+    counted: Mapping[tuple[str, tuple[int, ...]], int], layout: Parallelism
+) -> dict[str, dict[str, int]]:
+    """Mesh axis -> collective -> how often, as rank 0 saw it."""
+    found: dict[str, dict[str, int]] = {}
+    for (collective, ranks), count in counted.items():
+        axis = axis_of(frozenset(ranks), layout, 0) if ranks else "other"
+        if axis != "self":
+            found.setdefault(axis, {})[collective] = count
+    return found

@@ -1,0 +1,196 @@
+"""Watch one rank train, and keep what it showed. Nothing here changes what is computed or calls a collective."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shardproof.parallel import piece
+from shardproof.parallel.held import Held, plain
+from shardproof.parallel.names import ROOT, canonical_buffers, canonical_modules
+from shardproof.parallel.piece import Piece
+from shardproof.parallel.seeding import generator_state
+from shardproof.spec.loss import LossSum
+from shardproof.trace.file import save
+from shardproof.trace.leaves import leaves
+from shardproof.trace.record import Record
+
+
+class Recorder:
+    """Everything that one rank shows of its steps, in the order in which it happens.
+
+    `train.step.Observer` is the part of it that the step itself speaks to.
+    """
+
+    def __init__(self, device: torch.device, *, clipped_by_user: bool = False) -> None:
+        """`clipped_by_user`: the optimizer sees gradients that the user's own step has clipped."""
+        self.device = device
+        self._clipped_by_user = clipped_by_user
+        self.entries: list[tuple[Record, Tensor | None]] = []
+        self._step = -1
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._microbatch = 0
+        self._open = False
+        self._seen: set[str] = set()
+        self._generator = 0
+        self._parameters: list[Held] = []
+
+    # What is watched.
+
+    def attach(self, model: nn.Module, parameters: list[Held], optimizer: Optimizer) -> None:
+        """Hook every module's output and the optimizer's step; record the state before the first step."""
+        self._parameters = parameters
+        for name, module in canonical_modules(model):
+            module.register_forward_hook(partial(self._output, name or ROOT))
+        optimizer.register_step_pre_hook(lambda _optimizer, _args, _kwargs: self._before_optimizer())
+        for held in parameters:
+            self._add("initial-state", held.name, held.local(held.leaf), where=held.piece)
+        self._buffers("initial-state", model)
+        self._optimizer_state("initial-state", optimizer)
+
+    def loss(self, loss: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
+        """The experiment's loss, with what it returns recorded."""
+
+        def recorded(model: nn.Module, batch: Any) -> Any:
+            value = loss(model, batch)
+            call, self._microbatch = self._microbatch, self._microbatch + 1
+            if isinstance(value, LossSum):
+                count = torch.as_tensor(value.count, dtype=torch.float64).detach()
+                self._add("loss", ROOT, value.total, part="total", call=call)
+                self._add("loss", ROOT, count, part="count", call=call)
+            elif isinstance(value, Tensor):
+                self._add("loss", ROOT, value, part="local", call=call)
+            return value
+
+        return recorded
+
+    # The course of a step.
+
+    def begin(self, step: int, microbatches: Iterable[tuple[Any, float]]) -> None:
+        """A step starts with these micro-batches and their weights."""
+        self._step = step
+        self._calls.clear()
+        self._microbatch = 0
+        self._seen.clear()
+        self._generator = self._fingerprint()
+        for call, (batch, weight) in enumerate(microbatches):
+            for path, leaf in leaves(batch):
+                self._add("batch", "batch", leaf, part=path, call=call, weight=weight)
+        self._open = True
+
+    def gradients(self) -> None:
+        """Gradients are complete and not yet clipped."""
+        self._gradients("gradient")
+
+    def norm(self, norm: Tensor) -> None:
+        """The global gradient norm before clipping."""
+        self._seen.add("norm")
+        self._add("grad-norm", ROOT, norm, part="norm", where=piece.whole(()))
+
+    def end(self, model: nn.Module, parameters: Iterable[Held], optimizer: Optimizer, logged: Any) -> None:
+        """The step is over and would log this loss; `parameters` are the model's own as they are now."""
+        # A user's step that never called optimizer.step() still has gradients to show.
+        self._before_optimizer()
+        self._open = False
+        value = logged if isinstance(logged, Tensor) else torch.as_tensor(float(logged), dtype=torch.float64)
+        self._add("loss", ROOT, value, part="logged")
+        self._optimizer_state("optimizer-state", optimizer)
+        for held in parameters:
+            self._add("update", held.name, held.local(held.leaf), where=held.piece)
+        self._buffers("buffer", model)
+
+    def save(self, path: Path) -> None:
+        """Write everything recorded so far to `path`."""
+        save(path, self.entries)
+
+    # One record.
+
+    def _before_optimizer(self) -> None:
+        if not self._open:
+            return
+        if self._clipped_by_user or "norm" in self._seen:
+            self._gradients("grad-norm")
+        else:
+            self._gradients("gradient")
+
+    def _gradients(self, stage: str) -> None:
+        if stage in self._seen:
+            return
+        self._seen.add(stage)
+        part = "clipped" if stage == "grad-norm" else ""
+        # Backward runs from the last layer to the first, so that is the order in which a wrong one spreads.
+        for held in reversed(self._parameters):
+            if held.leaf.requires_grad:
+                grad = held.leaf.grad
+                where = held.piece if grad is None else held.piece_of(grad)
+                self._add(stage, held.name, None if grad is None else held.local(grad), part=part, where=where)
+
+    def _output(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        # Activation checkpointing runs forward again inside backward: that is no new call.
+        if not self._open or torch._C._current_graph_task_id() != -1:
+            return
+        call = self._calls[name, "forward"]
+        self._calls[name, "forward"] += 1
+        draws = self._fingerprint()
+        draws = 0 if draws == self._generator else draws
+        for path, leaf in leaves(output):
+            self._add("forward", name, leaf, part=path, call=call, draws=draws)
+            if leaf.requires_grad:
+                leaf.register_hook(partial(self._output_gradient, name, path, call))
+
+    def _output_gradient(self, name: str, path: str, call: int, grad: Tensor) -> None:
+        if self._open:
+            self._add("backward", name, grad, part=path, call=call)
+
+    def _buffers(self, stage: str, model: nn.Module) -> None:
+        for name, buffer in canonical_buffers(model):
+            if isinstance(buffer, Tensor):
+                self._add(stage, name, buffer, where=piece.of_tensor(buffer))
+
+    def _optimizer_state(self, stage: str, optimizer: Optimizer) -> None:
+        for held in self._parameters:
+            for key, value in optimizer.state.get(held.leaf, {}).items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.shape == held.leaf.shape:
+                    self._add(stage, held.name, held.local(value), part=key, where=held.piece_of(value))
+                elif isinstance(value, int | float | Tensor):
+                    scalar = torch.as_tensor(value) if not isinstance(value, Tensor) else value
+                    self._add(stage, held.name, scalar, part=key, where=piece.whole(scalar.shape))
+
+    def _add(
+        self,
+        stage: str,
+        name: str,
+        tensor: Tensor | None,
+        *,
+        part: str = "",
+        call: int = 0,
+        where: Piece | None = None,
+        draws: int = 0,
+        weight: float = 1.0,
+    ) -> None:
+        if isinstance(tensor, DTensor) and where is None:
+            where = piece.of_tensor(tensor)
+        record = Record(
+            step=self._step,
+            stage=stage,
+            name=name,
+            part=part,
+            call=call,
+            piece=where,
+            missing=tensor is None,
+            draws=draws,
+            weight=weight,
+        )
+        self.entries.append((record, None if tensor is None else plain(tensor.detach()).clone()))
+
+    def _fingerprint(self) -> int:
+        return zlib.crc32(generator_state(self.device).numpy()) or 1

@@ -1,0 +1,75 @@
+"""The global gradient norm where some parameters are sharded over more mesh axes than others.
+
+torch's `clip_grad_norm_` refuses parameters on different meshes (some on `dp_shard` and `tp`, others on `dp_shard`
+only). Here every rank sums the squares of what it holds, per set of axes over which that is a shard; each sum is then
+reduced over just those axes, so that nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from shardproof.parallel.held import Held, plain, scale_
+
+Groups = tuple[dist.ProcessGroup, ...]
+
+
+def total_norm(parameters: list[Held], mesh: DeviceMesh) -> Tensor:
+    """2-norm of all gradients as one device would compute it; shape `()`, the same on every rank."""
+    sums: dict[Groups, Tensor] = {}
+    # In the order of the parameters, which is the same on every rank: names of groups are not.
+    kinds: dict[Groups, None] = {}
+    for held in parameters:
+        groups = _sharded_over(held, mesh)
+        # Every rank must take part in the same reductions, also for a parameter of which it holds nothing.
+        kinds[groups] = None
+        if held.leaf.grad is None:
+            continue
+        local = held.local(held.leaf.grad)
+        squares = local.detach().to(_accumulate(local.dtype)).square().sum()
+        sums[groups] = sums[groups] + squares if groups in sums else squares
+    device = plain(parameters[0].leaf).device
+    dtype = max((s.dtype for s in sums.values()), key=lambda d: d.itemsize, default=torch.get_default_dtype())
+    total = torch.zeros((), dtype=dtype, device=device)
+    for groups in kinds:
+        part = sums.get(groups, torch.zeros((), dtype=dtype, device=device)).to(dtype)
+        for group in groups:
+            dist.all_reduce(part, group=group)
+        total = total + part
+    return total.sqrt()
+
+
+def clip_(parameters: list[Held], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients in place so that their norm is at most `max_norm`; torch's formula, 1e-6 included."""
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    grads = {id(held.leaf): held.leaf.grad for held in parameters if held.leaf.grad is not None}
+    for grad in grads.values():
+        scale_([grad], coefficient.to(plain(grad).dtype))
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    """Squares of half-precision gradients are summed in float32."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _sharded_over(held: Held, mesh: DeviceMesh) -> Groups:
+    """The process groups over which this parameter's gradient is cut into pieces."""
+    grad = held.leaf.grad
+    tensor = held.leaf if grad is None else grad
+    if isinstance(tensor, DTensor):
+        return tuple(
+            tensor.device_mesh.get_group(axis)
+            for axis, placement in enumerate(tensor.placements)
+            # FSDP's strided shard over a tp shard is a shard too, though `is_shard()` denies it.
+            if isinstance(placement, Shard | _StridedShard) and tensor.device_mesh.size(axis) > 1
+        )
+    groups: Groups = () if held.group is None else (held.group,)
+    # A flat parameter may be a piece of a tp shard, and a plain tensor smaller than the whole is split by hand.
+    if (held.split_by_hand or held.piece.shape != held.piece.whole) and mesh["tp"].size() > 1:
+        groups = (*groups, mesh.get_group("tp"))
+    return groups

@@ -1,0 +1,235 @@
+"""One recorded run of an experiment on this rank: build, lay out, train a few steps, write the trace."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shardproof.errors import ExperimentError
+from shardproof.parallel import initial, mesh
+from shardproof.parallel.collectives import CountCollectives
+from shardproof.parallel.data import GlobalBatches, Microbatch, cast, dataset_of
+from shardproof.parallel.held import Held, held_parameters, ties
+from shardproof.parallel.layout import lay_out
+from shardproof.parallel.names import canonical_modules
+from shardproof.parallel.piece import Piece
+from shardproof.parallel.seeding import seed_everything
+from shardproof.spec.experiment import Experiment
+from shardproof.spec.parallelism import Parallelism
+from shardproof.trace.reads import digests
+from shardproof.trace.recorder import Recorder
+from shardproof.train.disturb import Disturbance
+from shardproof.train.optimizer import build_optimizer
+from shardproof.train.step import Step, train_step
+
+UNCLIPPED = 1e30
+"""A `max_grad_norm` that no gradient reaches, to see a user's gradients as they are before their own clipping."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What all runs of a check share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    steps: int
+    shuffle: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """What sets one run of an experiment apart from the plain one."""
+
+    unclipped: bool = False
+    """A user's own step is told not to clip, and only the first step is run."""
+
+    draw: int | None = None
+    """Number of the random one-ulp disturbance of parameters and inputs, or None."""
+
+    widened: bool = False
+    """Initial values are made in the run's dtype, and the arithmetic is done in float64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What a rank tells about its run beside the trace: plain data, small enough for a pipe."""
+
+    reads: tuple[tuple[tuple[str, ...], ...], ...]
+    """Digest of every sample: [step][micro-batch][sample]. Empty for a filler part."""
+
+    weights: tuple[tuple[float, ...], ...]
+    """Share of each micro-batch in its step's mean: [step][micro-batch]."""
+
+    pieces: dict[str, Piece]
+    """Canonical parameter name -> where this rank's part lay when the first step was over."""
+
+    ties: tuple[tuple[str, ...], ...]
+    """Groups of names that share one storage."""
+
+    collectives: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
+    """(collective, ranks) -> how often it ran in the first step."""
+
+    strangers: tuple[str, ...] = ()
+    """What the optimizer holds that is not the model's."""
+
+    train_s: float = 0.0
+    """Wall clock of the steps alone."""
+
+
+class TracedRun:
+    """An experiment laid out under `parallelism` in the default process group, ready to train and be recorded."""
+
+    def __init__(
+        self, experiment: Experiment, parallelism: Parallelism, rank: int, settings: Settings, variant: Variant
+    ) -> None:
+        self.experiment, self.parallelism, self.rank = experiment, parallelism, rank
+        self.settings, self.variant = settings, variant
+        self.steps = 1 if variant.unclipped else settings.steps
+        self.mesh, data_group = mesh.build(parallelism, settings.device.type)
+        self.data_rank = parallelism.coordinates(rank)["dp"]
+        self.disturbance = None if variant.draw is None else Disturbance(variant.draw)
+        with initial.default_dtype(settings.dtype):
+            model = initial.build(experiment, settings.dtype, settings.device)
+        if self.disturbance is not None:
+            self.disturbance.model_(model)
+        if variant.widened:
+            model.to(torch.float64)
+        self.dtype = torch.float64 if variant.widened else settings.dtype
+        with initial.default_dtype(self.dtype):
+            self.shapes = {held.name: tuple(held.leaf.shape) for held in held_parameters(model)}
+            laid_out = lay_out(model, experiment, self.mesh, parallelism)
+            self.root = _root(laid_out, model, self.shapes)
+            self.optimizer = build_optimizer(experiment, laid_out)
+        self.parameters = list(held_parameters(self.root, self.shapes))
+        self.recorder = Recorder(
+            settings.device,
+            clipped_by_user=experiment.train_step is not None
+            and experiment.max_grad_norm is not None
+            and not variant.unclipped,
+        )
+        self.recorder.attach(self.root, self.parameters, self.optimizer)
+        self.template = Step(
+            model=laid_out,
+            optimizer=self.optimizer,
+            microbatches=[],
+            loss=self.recorder.loss(experiment.loss),
+            mesh=self.mesh,
+            parallelism=parallelism,
+            max_grad_norm=UNCLIPPED if variant.unclipped else experiment.max_grad_norm,
+            index=0,
+            data_group=data_group,
+            loss_scale=1.0 if self.disturbance is None else self.disturbance.loss_scale,
+        )
+
+    def read(self) -> list[list[Microbatch]]:
+        """This rank's micro-batches of every step, from the user's `batches` where there are any.
+
+        They are all read before the first step, so that a loader's own random draws and the steps' do not mix.
+        Raises `ExperimentError` where they end early.
+        """
+        experiment, per_step = self.experiment, self.experiment.microbatches
+        needed = self.steps * per_step
+        seed_everything(experiment.seed)
+        with initial.default_dtype(self.dtype):
+            if experiment.batches is None:
+                batches = GlobalBatches(
+                    experiment,
+                    data_ranks=self.parallelism.dp,
+                    microbatches=per_step,
+                    shuffle=self.settings.shuffle,
+                )
+                parts = list(islice(batches.of_rank(self.data_rank), needed))
+            else:
+                given: Iterable[Any] = experiment.batches(dataset_of(experiment), self.mesh, self.parallelism)
+                parts = [Microbatch(batch, 1 / per_step) for batch in islice(given, needed)]
+        if len(parts) < needed:
+            raise ExperimentError(
+                f"Experiment.batches ended after {len(parts)} micro-batches on rank {self.rank} under "
+                f"{self.parallelism.strategy}; {self.steps} steps x {per_step} micro-batches need {needed}"
+            )
+        return [parts[step * per_step : (step + 1) * per_step] for step in range(self.steps)]
+
+    def train(self, batches: Sequence[Sequence[Microbatch]]) -> Summary:
+        """Run every step on these micro-batches, [step][micro-batch], and tell what it looked like."""
+        counted = CountCollectives()
+        pieces: dict[str, Piece] = {}
+        reads, weights = [], []
+        started = time.perf_counter()
+        with initial.default_dtype(self.dtype):
+            for index, parts in enumerate(batches):
+                own = [Microbatch(self._prepared(part.batch), part.weight) for part in parts]
+                reads.append(tuple(digests(part.batch) if part.weight else () for part in own))
+                weights.append(tuple(part.weight for part in own))
+                # TP peers draw alike, and data rank 0 draws like the reference.
+                seed_everything(self.experiment.seed, index + 1, self.data_rank)
+                self.recorder.begin(index, [(part.batch, part.weight) for part in own])
+                step = replace(
+                    self.template, index=index, microbatches=[part.batch for part in own], weights=weights[-1]
+                )
+                with counted if index == 0 and _countable(self.root) else contextlib.nullcontext():
+                    logged = one_step(self.experiment, step, self.parameters, self.recorder)
+                now = list(held_parameters(self.root, self.shapes))
+                self.recorder.end(self.root, now, self.optimizer, logged)
+                pieces = pieces or {held.name: held.piece for held in now}
+        return Summary(
+            reads=tuple(reads),
+            weights=tuple(weights),
+            pieces=pieces,
+            ties=ties(self.root),
+            collectives=dict(counted.counts),
+            strangers=_strangers(self.optimizer, self.parameters),
+            train_s=time.perf_counter() - started,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write this rank's trace to `path`."""
+        self.recorder.save(path)
+
+    def _prepared(self, batch: Any) -> Any:
+        batch = cast(batch, self.settings.dtype, self.settings.device)
+        if self.disturbance is not None:
+            batch = self.disturbance.batch(batch)
+        return cast(batch, self.dtype, self.settings.device)
+
+
+def one_step(experiment: Experiment, step: Step, parameters: list[Held], recorder: Recorder | None) -> Any:
+    """The user's own step where there is one, else shardproof's."""
+    if experiment.train_step is None:
+        return train_step(step, parameters, recorder)
+    logged = experiment.train_step(step)
+    if not (isinstance(logged, int | float) or (isinstance(logged, Tensor) and logged.numel() == 1)):
+        raise ExperimentError(
+            f"Experiment.train_step returned {type(logged).__name__}; it must return the loss it would log, as a scalar"
+        )
+    return logged
+
+
+def _root(laid_out: nn.Module, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+    """The module whose names are the experiment's: a user's own wrapper around the model is looked through."""
+    if any(held.name in shapes for held in held_parameters(laid_out)):
+        return laid_out
+    return next((module for module in laid_out.modules() if module is model), laid_out)
+
+
+def _strangers(optimizer: Optimizer, parameters: list[Held]) -> tuple[str, ...]:
+    own = {id(held.leaf) for held in parameters}
+    return tuple(
+        f"param group {number}: a parameter of shape {tuple(parameter.shape)}"
+        for number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+        if id(parameter) not in own
+    )
+
+
+def _countable(model: nn.Module) -> bool:
+    """A dispatch mode would make torch.compile compile again, so compiled models are not looked into."""
+    return not any(type(module).__name__ == "OptimizedModule" for module in model.modules())

@@ -1,0 +1,254 @@
+"""What the ranks of a check do, one method per piece of work. Each rank holds one Worker, inherited by the fork."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardproof.compare.measure import distance, largest
+from shardproof.compare.run import compare_run
+from shardproof.compare.verdict import Comparison
+from shardproof.compare.view import Observed, Reference
+from shardproof.errors import ExperimentError, StrategyError
+from shardproof.parallel.data import GlobalBatches, Microbatch, cast, dataset_of
+from shardproof.parallel.initial import default_dtype
+from shardproof.parallel.seeding import seed_everything
+from shardproof.ranks import Place
+from shardproof.report.data import Shown
+from shardproof.report.shown import shown_by
+from shardproof.spec.experiment import Batch, Experiment
+from shardproof.spec.parallelism import Parallelism
+from shardproof.trace.file import Trace
+from shardproof.trace.reads import digests
+from shardproof.train.run import Settings, Summary, TracedRun, Variant
+
+SINGLE = Parallelism(strategy="single")
+
+COUNTED_SAMPLES = 200_000
+"""Samples of a data set that are read to know a user's batches by content; a larger one is not looked through."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """Where the reference finds the batches that a run under the user's own loader read."""
+
+    name: str
+    """Of the run."""
+
+    sources: tuple[tuple[tuple[int, int], ...], ...]
+    """Per step: (rank, micro-batch) pairs, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """One rank's part in a check. Everything it returns is plain data."""
+
+    experiment: Experiment
+    trusted: Experiment
+    """What the reference trains; the experiment itself unless the user names another."""
+
+    folder: Path
+    """Where traces are written."""
+
+    dtype: torch.dtype
+    steps: int
+    shuffle: bool
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether a run in float64 can tell how far this one's rounding reaches."""
+        return self.dtype != torch.float64
+
+    def run(self, place: Place, name: str, parallelism: Parallelism, variant: Variant) -> Summary:
+        """Train under `parallelism` and write this rank's trace."""
+        with place.world(name, parallelism.world_size):
+            run = TracedRun(self.experiment, parallelism, place.rank, self._settings(place), variant)
+            batches = run.read()
+            # A data set may draw at random, so that only what was read here can be replayed.
+            torch.save([[part.batch for part in parts] for parts in batches], self._batches(name, place.rank))
+            try:
+                summary = run.train(batches)
+            except (RuntimeError, ValueError) as error:
+                if parallelism.tp > 1 and self.experiment.parallelize is None and _is_about_shapes(error):
+                    raise _cannot_split(parallelism, error) from error
+                raise
+            run.save(self.trace(name, place.rank))
+        return summary
+
+    def reference(self, place: Place, name: str, replay: Replay | None) -> Summary:
+        """Train the reference in a world of its own, on what `replay` says was read or on the loader's own batches.
+
+        Raises `ExperimentError` where the experiment is broken on one device already.
+        """
+        with place.world(name, 1):
+            run = self._single(place, Variant())
+            summary = run.train(self._global_batches(place, replay))
+            if summary.strangers:
+                raise ExperimentError(
+                    "Experiment.optimizer holds parameters that are not the model's "
+                    f"({'; '.join(summary.strangers[:3])}); build it from the model that it is given"
+                )
+            _first_loss_is_a_number(run)
+            run.save(self.trace(name, 0))
+        return summary
+
+    def draws(self, place: Place, name: str, replay: Replay | None, variants: Sequence[Variant]) -> dict[int, float]:
+        """Repeat the reference with rounding disturbed; how far each of its records moves, by number."""
+        floors: dict[int, float] = {}
+        reference = Trace(self.trace(name, 0))
+        for number, variant in enumerate(variants):
+            if number % place.size != place.rank:
+                continue
+            with place.world(f"{name}-draw", 1):
+                run = self._single(place, variant)
+                run.train(self._global_batches(place, replay))
+            for index, (record, tensor) in enumerate(run.recorder.entries):
+                if tensor is None or record.missing or reference.records[index].missing:
+                    continue
+                value = tensor.cpu()
+                if record.stage == "backward":
+                    value = value / run.template.loss_scale
+                moved = largest(distance(value, reference.tensor(index)))
+                # A draw that runs into NaN says nothing about rounding.
+                floors[index] = max(floors.get(index, 0.0), moved if math.isfinite(moved) else 0.0)
+        return floors
+
+    def content(self, place: Place) -> Counter[str] | None:
+        """How often the data set holds each content; None where it is too large to look through."""
+        del place
+        data = dataset_of(self.experiment)
+        if len(data) > COUNTED_SAMPLES:
+            return None
+        batches = GlobalBatches(replace(self.experiment, batch_size=1), data_ranks=1, microbatches=1)
+        parts = batches.of_rank(0)
+        found: Counter[str] = Counter()
+        with default_dtype(self.dtype):
+            for _ in range(len(data)):
+                found.update(digests(cast(next(parts).batch, self.dtype, torch.device("cpu"))))
+        return found
+
+    def compare(
+        self,
+        place: Place,
+        name: str,
+        trusted: str,
+        floors: Mapping[int, float],
+        observed: Observed,
+        unclipped: str | None,
+    ) -> list[Comparison]:
+        """Hold a run's traces (`observed.ranks` is filled in here) against the reference's.
+
+        `unclipped` names the run that shows a user's gradients of the first step before his own clipping.
+        """
+        del place
+        reference = Reference(trace=Trace(self.trace(trusted, 0)), floors=floors)
+        found = compare_run(replace(observed, ranks=self._traces(name, observed)), reference)
+        if unclipped is not None:
+            again = compare_run(replace(observed, ranks=self._traces(unclipped, observed)), reference)
+            before = {c.key: c for c in again if c.stage == "gradient" and c.step == 0}
+            found = [before.get(c.key, c) for c in found]
+        return found
+
+    def _traces(self, name: str, observed: Observed) -> list[Trace]:
+        return [Trace(self.trace(name, rank)) for rank in range(observed.parallelism.world_size)]
+
+    def show(self, place: Place, name: str, ranks: Sequence[int]) -> dict[int, tuple[Shown, ...]]:
+        """What the given ranks of a run held."""
+        del place
+        return {rank: shown_by(Trace(self.trace(name, rank))) for rank in ranks}
+
+    def fetch(self, place: Place, name: str) -> dict[str, bytes]:
+        """This rank's files of a run, for a leader on another machine."""
+        paths = (self.trace(name, place.rank), self._batches(name, place.rank))
+        return {path.name: path.read_bytes() for path in paths if path.exists()}
+
+    def trace(self, name: str, rank: int) -> Path:
+        """Where the trace of a rank lies."""
+        return self.folder / f"{name}.{rank}.safetensors"
+
+    def _batches(self, name: str, rank: int) -> Path:
+        return self.folder / f"{name}.{rank}.batches"
+
+    def _settings(self, place: Place) -> Settings:
+        return Settings(device=place.device(), dtype=self.dtype, steps=self.steps, shuffle=self.shuffle)
+
+    def _single(self, place: Place, variant: Variant) -> TracedRun:
+        # The user's own layout, loader and step are what is under test; the reference uses none of them.
+        alone = replace(self.trusted, parallelize=None, batches=None, train_step=None, microbatches=1)
+        return TracedRun(alone, SINGLE, 0, self._settings(place), variant)
+
+    def _global_batches(self, place: Place, replay: Replay | None) -> list[list[Microbatch]]:
+        if replay is None:
+            loader = GlobalBatches(
+                replace(self.experiment, batches=None), data_ranks=1, microbatches=1, shuffle=self.shuffle
+            )
+            parts = loader.of_rank(0)
+            # A data set that makes its tensors when asked makes them in the run's dtype, here as on every rank.
+            with default_dtype(self.dtype):
+                seed_everything(self.experiment.seed)
+                return [[next(parts)] for _ in range(self.steps)]
+        read = {}
+        for rank, _ in {source for step in replay.sources for source in step}:
+            if rank not in read:
+                # Written a moment ago by our own ranks, with whatever types the user's batches have.
+                read[rank] = torch.load(self._batches(replay.name, rank), weights_only=False)
+        return [
+            [Microbatch(_joined([read[rank][step][m] for rank, m in sources], step), 1.0)]
+            for step, sources in enumerate(replay.sources)
+        ]
+
+
+def _joined(parts: list[Batch], step: int) -> Batch:
+    """One batch out of several, along the first dim. Raises `ExperimentError` where they do not fit together."""
+    flat = [tree_flatten(part) for part in parts]
+    if any(spec != flat[0][1] for _, spec in flat):
+        raise ExperimentError(f"Experiment.batches: the batches of step {step} are not built alike on all ranks")
+    joined = []
+    for leaves in zip(*(values for values, _ in flat), strict=True):
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            joined.append(leaves[0])
+            continue
+        if len({leaf.shape[1:] for leaf in leaves}) > 1 or not all(leaf.dim() for leaf in leaves):
+            shapes = ", ".join(sorted({str(tuple(leaf.shape)) for leaf in leaves}))
+            raise ExperimentError(
+                f"Experiment.batches: the batches of step {step} have shapes {shapes}, which do not join into one "
+                "global batch; pad all samples to one length (and mask: sp.LossSum) for the check"
+            )
+        joined.append(torch.cat(list(leaves)))
+    return tree_unflatten(joined, flat[0][1])
+
+
+def _first_loss_is_a_number(run: TracedRun) -> None:
+    for record, tensor in run.recorder.entries:
+        if record.stage == "loss" and record.step == 0 and tensor is not None and not bool(tensor.isfinite().all()):
+            raise ExperimentError(
+                f"the loss is {tensor.item()} at step 0 on one device already; "
+                "check the data, the initial weights and the loss"
+            )
+
+
+def _is_about_shapes(error: BaseException) -> bool:
+    words = ("shape", "size", "view", "split", "divis", "dim", "mat1")
+    text = str(error).lower()
+    inside_forward = any(
+        frame.name == "_call_impl" and "modules" in frame.filename for frame in traceback.extract_tb(error.__traceback__)
+    )
+    return inside_forward and any(word in text for word in words)
+
+
+def _cannot_split(parallelism: Parallelism, error: BaseException) -> StrategyError:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and "shardproof" not in frame.filename]
+    at = f"{own[-1].filename}:{own[-1].lineno}" if own else "the model's forward"
+    return StrategyError(
+        f"{parallelism.strategy}: the model cannot run split over tp={parallelism.tp}: {at}: "
+        f"{str(error).splitlines()[0]}; choose a tp that divides its heads and widths, or change the tp_plan"
+    )
