@@ -1,0 +1,57 @@
+"""What a rank says at the end of a call."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+from shardproof import errors
+from shardproof.errors import Failure, UsageError
+from shardproof.ranks.failure import describe, only_waited
+from shardproof.ranks.place import Place
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """Exactly one of a result, a failure and a usage error."""
+
+    rank: int
+    result: Any = None
+    failure: Failure | None = None
+    usage: UsageError | None = None
+    """Goes to the caller as it is: not the rank failed, but what it was asked to do is wrong."""
+    echo: bool = False
+    """Whether the failure says only that a peer was lost, so that the cause is elsewhere."""
+
+    @property
+    def good(self) -> bool:
+        """Whether the call went well on this rank."""
+        return self.failure is None and self.usage is None
+
+
+def perform(target: object, place: Place, message: bytes) -> bytes:
+    """Runs the pickled (method, args) on `target`; the pickled `Answer`. Never raises."""
+    try:
+        method, args = pickle.loads(message)
+        result = getattr(target, method)(place, *args)
+        return pickle.dumps(Answer(rank=place.rank, result=result))
+    except BaseException as error:  # noqa: BLE001  (sys.exit and KeyboardInterrupt in user code are failures as well)
+        return pickle.dumps(_answer(error, place.rank))
+
+
+def _answer(error: BaseException, rank: int) -> Answer:
+    if isinstance(error, UsageError):
+        return Answer(rank=rank, usage=_portable(error))
+    return Answer(rank=rank, failure=describe(error, rank), echo=only_waited(error))
+
+
+def _portable(error: UsageError) -> UsageError:
+    """`error`, or its nearest base among shardproof's own errors where the class itself does not pickle."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  (a user's class may raise anything on its way through pickle)
+        nearest = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
+        rebuilt: UsageError = nearest(str(error))
+        return rebuilt
+    return error

@@ -1,0 +1,51 @@
+"""From what every rank said, or did not say, to the one error worth raising."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+
+from shardproof.errors import RankDied, RankError, RankFailed, UsageError
+from shardproof.ranks.answer import Answer
+
+_SIGNALS = {
+    "SIGKILL": "out of memory, or killed by hand",
+    "SIGTERM": "it was asked to end",
+    "SIGSEGV": "a crash in native code",
+    "SIGABRT": "native code gave up",
+    "SIGBUS": "a crash in native code, or shared memory (/dev/shm) is full",
+    "SIGFPE": "a division by zero in native code",
+    "SIGILL": "native code built for another processor",
+}
+"""What each signal commonly means to someone who trains models."""
+
+
+def cause(
+    answers: Mapping[int, Answer], deaths: Mapping[int, str], *, during: str
+) -> tuple[int, RankError | UsageError] | None:
+    """The guilty rank and the error to raise: the lowest rank that is no mere echo. None where all went well."""
+    bad = [answer for answer in answers.values() if not answer.good]
+    suspects = [(answer.echo, answer.rank) for answer in bad] + [(False, rank) for rank in deaths]
+    if not suspects:
+        return None
+    _, rank = min(suspects)
+    if rank in deaths:
+        return rank, RankDied(rank, deaths[rank], during=during)
+    guilty = answers[rank]
+    if guilty.failure is not None:
+        return rank, RankFailed(guilty.failure, during=during)
+    return rank, guilty.usage or UsageError("a rank failed without saying why")
+
+
+def how_it_ended(exit_code: int | None) -> str:
+    """The end of a process in words; `exit_code` is negative for signals, None where nobody knows."""
+    if exit_code is None:
+        return "its process is gone, and its exit code with it"
+    if exit_code >= 0:
+        return f"its process exited with code {exit_code} in the middle of the call"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        return f"killed by signal {-exit_code}"
+    meaning = _SIGNALS.get(name)
+    return f"killed by signal {-exit_code} ({name})" + (f": {meaning}" if meaning else "")

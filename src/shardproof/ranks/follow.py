@@ -1,0 +1,100 @@
+"""What a process of a torchrun launch does above rank 0: serve the leader, and end with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from shardproof.ranks.launch import Launch
+from shardproof.ranks.output import flush
+from shardproof.ranks.stacks import of_frame, trimmed
+from shardproof.ranks.wire import Wire
+
+ANSWERS, BYE, STACKS, STOP = "answers", "bye", "stacks", "stop"
+"""Keys: answers and goodbyes are numbered in the order in which they come; the others are written once."""
+
+_IDLE_S = 0.01
+"""How often a process without work looks for some."""
+_WATCH_S = 0.2
+"""How often a process looks whether the leader has given up."""
+_LAST_WORDS_S = 10.0
+"""How long followers outlive an error. When one of its processes ends, torchrun ends the others: the leader first
+has to say what went wrong, and to end with its own exit code."""
+_LEADER_GONE = 3
+"""Exit code where the leader's store is gone: some rank has crashed."""
+
+
+def call_key(rank: int, number: int) -> str:
+    """Where the leader writes its call `number` (from 1 on) to `rank`."""
+    return f"call/{rank}/{number}"
+
+
+def stack_key(rank: int) -> str:
+    """Where `rank` writes where it stands."""
+    return f"stack/{rank}"
+
+
+def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes], bytes]) -> None:
+    """Serves calls until the leader is done. After an error it never returns: the process ends."""
+    main = threading.get_ident()
+    threading.Thread(target=_watch, args=(watching, launch, main), name="shardproof watch", daemon=True).start()
+    number = 1
+    try:
+        while (stop := wire.look(STOP)) is None:
+            message = wire.receive(call_key(launch.rank, number))
+            if message is None:
+                time.sleep(_IDLE_S)
+                continue
+            number += 1
+            answer = perform(message)
+            wire.send(_numbered(wire, ANSWERS), answer)
+        if int(stop) == 0:
+            wire.send(_numbered(wire, BYE), b"")
+            return
+    except _store_errors():
+        pass  # as the watch finds out as well, which ends the process
+    threading.Event().wait()
+
+
+def _watch(wire: Wire, launch: Launch, main: int) -> None:
+    """Ends the process after an error, also where its main thread is stuck in a collective."""
+    shown = False
+    try:
+        while (stop := wire.look(STOP)) is None:
+            if not shown and wire.look(STACKS) is not None:
+                wire.send(stack_key(launch.rank), trimmed(of_frame(sys._current_frames().get(main))).encode())
+                shown = True
+            time.sleep(_WATCH_S)
+        code = int(stop)
+        if code == 0:
+            return
+        wire.send(_numbered(wire, BYE), b"")
+        _outlive_store(launch)
+    except _store_errors():
+        code = _LEADER_GONE
+    flush()
+    os._exit(code)
+
+
+def _outlive_store(launch: Launch) -> None:
+    """Waits until whoever holds the store is gone, at most `_LAST_WORDS_S`.
+
+    On a connection that is never used: the store's own client logs at length when its server goes.
+    """
+    with contextlib.suppress(OSError), socket.create_connection((launch.host, launch.port), _LAST_WORDS_S) as idle:
+        idle.recv(1)
+
+
+def _numbered(wire: Wire, key: str) -> str:
+    return f"{key}/{wire.count(key)}"
+
+
+def _store_errors() -> tuple[type[Exception], ...]:
+    from torch.distributed import DistError  # noqa: PLC0415  (the room must be importable without torch)
+
+    return (DistError, RuntimeError)

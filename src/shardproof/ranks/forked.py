@@ -1,0 +1,133 @@
+"""Ranks of our own: forked from this process, warm from the first call to the last."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shardproof.errors import RankHung, UsageError
+from shardproof.ranks.blame import cause
+from shardproof.ranks.heard import Heard
+from shardproof.ranks.noise import NATIVE_LOG
+from shardproof.ranks.output import flush, grouped, label
+from shardproof.ranks.place import FOREVER, Place, Rendezvous
+from shardproof.ranks.pool import Ranks
+from shardproof.ranks.preload import preload
+from shardproof.ranks.process import Process
+from shardproof.ranks.safety import refuse_unsafe_fork
+from shardproof.ranks.supervise import hear
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+_HOST = "127.0.0.1"
+_STACKS_S = 2.0
+"""How long stuck ranks may take to write down where they are."""
+
+
+class ForkedRanks(Ranks):
+    """`size` processes forked from this one. They end with it, however it ends.
+
+    The thread that makes them must outlive them: Linux takes its end for the end of their parent.
+    """
+
+    def __init__(self, size: int, target: object, *, timeout_s: float, device: str) -> None:
+        super().__init__(size)
+        self._timeout_s = timeout_s
+        preload()
+        refuse_unsafe_fork(device)
+        self._store, port = _host_store()
+        rendezvous = Rendezvous(lambda: _join_store(port), local_size=size)
+        # What the parent holds back in its buffers would be written once more by every rank.
+        flush()
+        self._processes: dict[int, Process] = {}
+        # Also where nobody closes them: at the end of the interpreter, or when the last reference is gone.
+        self._finish = weakref.finalize(self, _end_all, self._processes, os.getpid())
+        for rank in range(size):
+            place = Place(rank=rank, size=size, local_rank=rank, device_type=device, _rendezvous=rendezvous)
+            try:
+                self._processes[rank] = Process(place, target, elders=list(self._processes.values()))
+            except OSError as error:
+                self._finish()
+                raise UsageError(f"cannot start rank {rank} of {size}: {error}; ask for fewer ranks") from error
+
+    def _call(self, method: str, args: tuple[Any, ...], ranks: list[int], during: str) -> dict[int, Any]:
+        message = pickle.dumps((method, args))
+        called = {rank: self._processes[rank] for rank in ranks}
+        for process in called.values():
+            process.send(message)
+        heard = hear(called, self._timeout_s)
+        found = cause(heard.answers, heard.deaths, during=during)
+        if found is not None:
+            guilty, error = found
+            for process in self._processes.values():
+                process.kill()
+            self._show(self._processes, during, guilty=guilty)
+            raise error from None
+        if heard.silent:
+            stacks = _stacks(heard, called)
+            self._show(self._processes, during)
+            raise RankHung(self._timeout_s, stacks, during=during)
+        self._show(self._processes, during)
+        return {rank: heard.answers[rank].result for rank in ranks}
+
+    def _show(self, processes: Mapping[int, Process], during: str, *, guilty: int | None = None) -> None:
+        lines = {rank: process.output.new_lines() for rank, process in processes.items()}
+        if guilty is not None:
+            lines = {rank: text if rank == guilty else _before_the_echo(text) for rank, text in lines.items()}
+        for ranks, line in grouped(lines):
+            self.on_output(f"{label(ranks, during)} {line}".rstrip())
+
+    def _end(self, error: BaseException | None) -> None:
+        self._finish()
+        del self._store
+
+
+def _host_store() -> tuple[Store, int]:
+    """The store where ranks find each other, and its port."""
+    from torch._C._distributed_c10d import TCPStore  # noqa: PLC0415  (the room must be importable without torch)
+
+    # A socket of ours, as the store's own would listen on every network. Port 0 is any free one: never "in use".
+    listening = socket.socket()
+    listening.bind((_HOST, 0))
+    listening.listen(socket.SOMAXCONN)
+    port = listening.getsockname()[1]
+    store = TCPStore(
+        _HOST, port, is_master=True, timeout=FOREVER, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
+    return store, port
+
+
+def _join_store(port: int) -> Store:
+    from torch._C._distributed_c10d import TCPStore  # noqa: PLC0415  (the room must be importable without torch)
+
+    return TCPStore(_HOST, port, is_master=False, timeout=FOREVER, wait_for_workers=False)
+
+
+def _stacks(heard: Heard, called: Mapping[int, Process]) -> dict[int, str]:
+    for rank in heard.silent:
+        called[rank].stack.ask(called[rank].pid)
+    deadline = time.monotonic() + _STACKS_S
+    return {rank: called[rank].stack.read(deadline) for rank in sorted(heard.silent)}
+
+
+def _before_the_echo(lines: Sequence[str]) -> list[str]:
+    """What an innocent rank printed before torch logged, at length, that it had lost a peer."""
+    end = next((i for i, line in enumerate(lines) if NATIVE_LOG.match(line)), len(lines))
+    return list(lines[:end])
+
+
+def _end_all(processes: dict[int, Process], owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a copy of this object in a fork of the owner
+    everyone: Iterable[Process] = list(processes.values())
+    for process in everyone:
+        process.kill()
+    for process in everyone:
+        process.bury()
+    processes.clear()

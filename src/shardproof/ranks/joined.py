@@ -1,0 +1,137 @@
+"""Ranks that torchrun has started: rank 0 leads, the others follow."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import time
+from collections import Counter
+from typing import Any, Self
+
+from shardproof.errors import RankHung, StrategyError, UsageError
+from shardproof.ranks import noise
+from shardproof.ranks.answer import perform
+from shardproof.ranks.blame import cause
+from shardproof.ranks.follow import ANSWERS, BYE, STACKS, STOP, call_key, follow, stack_key
+from shardproof.ranks.heard import Heard
+from shardproof.ranks.launch import Launch
+from shardproof.ranks.loopback import loopback
+from shardproof.ranks.own_part import OwnPart
+from shardproof.ranks.place import Place, Rendezvous
+from shardproof.ranks.pool import Ranks
+from shardproof.ranks.preload import preload
+from shardproof.ranks.wire import Wire, store
+
+_POLL_S = 0.02
+_STACKS_S = 3.0
+"""How long stuck ranks may take to say where they are."""
+_BYE_S = 5.0
+"""How long a leader that hosts the store keeps it open for those who have not read their last message."""
+_pools = itertools.count()
+"""Every process of the launch runs the same program, so the n-th `start` of one meets the n-th of the others."""
+
+
+class JoinedRanks(Ranks):
+    """The processes of a launch by torchrun. Output goes where torchrun sends it.
+
+    Rank 0 calls. On every other rank `with` serves until rank 0 is done, and `leader` is False after that: the caller
+    has nothing left to do there. The processes are torchrun's, so that a death is torchrun's to report; after an
+    error the followers end with its exit code, a little later than the leader, which may have to say why.
+    """
+
+    def __init__(self, size: int, target: object, *, launch: Launch, timeout_s: float, device: str) -> None:
+        super().__init__(size)
+        if size > launch.world_size:
+            raise StrategyError(
+                f"{size} ranks are asked for, but the launcher has started {launch.world_size}; "
+                f"use --nproc-per-node (times --nnodes) {size}, or ask for {launch.world_size} ranks at most"
+            )
+        self.leader = launch.rank == 0
+        self._target, self._launch, self._timeout_s = target, launch, timeout_s
+        preload()
+        noise.silence()
+        if launch.local_world_size == launch.world_size and (interface := loopback()) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        self._prefix = f"shardproof/{launch.attempt}/{next(_pools)}"
+        self._wire = Wire(launch, self._prefix)
+        self._place = Place(
+            rank=launch.rank,
+            size=size,
+            local_rank=launch.local_rank,
+            device_type=device,
+            _rendezvous=Rendezvous(lambda: store(launch, self._prefix), local_size=min(size, launch.local_world_size)),
+        )
+        self._own = OwnPart(self._perform) if self.leader else None
+        self._sent: Counter[int] = Counter()
+        self._read = 0
+
+    def __enter__(self) -> Self:
+        if not self.leader:
+            follow(self._launch, self._wire, Wire(self._launch, self._prefix), self._perform)
+            self._ended = "have ended: only rank 0 calls, and it is done"
+        return self
+
+    def _perform(self, message: bytes) -> bytes:
+        self._place.use_device()
+        return perform(self._target, self._place, message)
+
+    def _call(self, method: str, args: tuple[Any, ...], ranks: list[int], during: str) -> dict[int, Any]:
+        if self._own is None:
+            raise UsageError(f"rank {self._launch.rank} cannot run {method}: only rank 0 calls, inside `with`")
+        message = pickle.dumps((method, args))
+        for rank in ranks:
+            if rank == 0:
+                self._own.send(message)
+            else:
+                self._sent[rank] += 1
+                self._wire.send(call_key(rank, self._sent[rank]), message)
+        heard = self._hear(self._own, set(ranks))
+        found = cause(heard.answers, heard.deaths, during=during)
+        if found is not None:
+            raise found[1] from None
+        if heard.silent:
+            raise RankHung(self._timeout_s, self._stacks(self._own, heard.silent), during=during)
+        return {rank: heard.answers[rank].result for rank in ranks}
+
+    def _hear(self, own: OwnPart, ranks: set[int]) -> Heard:
+        heard = Heard(silent=ranks)
+        deadline = time.monotonic() + self._timeout_s
+        while heard.silent and time.monotonic() < deadline:
+            if 0 in heard.silent:
+                answer = own.answer(_POLL_S)
+            else:
+                time.sleep(_POLL_S / 10)
+                answer = None
+            if answer is not None:
+                heard.answer(pickle.loads(answer))
+            while (answer := self._wire.receive(f"{ANSWERS}/{self._read + 1}")) is not None:
+                self._read += 1
+                heard.answer(pickle.loads(answer))
+            deadline = min(deadline, heard.patience())
+        return heard
+
+    def _stacks(self, own: OwnPart, silent: set[int]) -> dict[int, str]:
+        self._wire.send(STACKS, b"please")
+        stacks = {0: own.stack()} if 0 in silent else {}
+        deadline = time.monotonic() + _STACKS_S
+        while len(stacks) < len(silent) and time.monotonic() < deadline:
+            for rank in silent - set(stacks):
+                stack = self._wire.receive(stack_key(rank))
+                if stack is not None:
+                    stacks[rank] = stack.decode()
+            time.sleep(_POLL_S)
+        return {rank: stacks.get(rank, "  unknown: it does not answer, perhaps its process is gone") for rank in silent}
+
+    def _end(self, error: BaseException | None) -> None:
+        if self._own is None:
+            return
+        self._own.close()
+        code = 0 if error is None else getattr(error, "exit_code", 1)
+        self._wire.send(STOP, str(code).encode())
+        if self._launch.agent_store:
+            return
+        deadline = time.monotonic() + _BYE_S
+        followers = self._launch.world_size - 1
+        while time.monotonic() < deadline and self._wire.look(f"{BYE}/{followers}") is None and followers:
+            time.sleep(_POLL_S)

@@ -1,0 +1,126 @@
+"""What user code prints on ranks: caught in one file a rank, cut, grouped, labelled."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO
+
+MAX_LINES = 200
+"""Lines shown of one rank and call: as many from the start as from the end."""
+MAX_BYTES = 64 * 1024
+"""Bytes shown of one rank and call, likewise."""
+
+
+class Caught:
+    """The output of one rank. The file has no name, so that nothing is left of it however the processes end."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="shardproof-")  # noqa: SIM115  (open as long as the rank lives)
+        self._shown = 0
+
+    def catch(self) -> None:
+        """Run by the rank: whatever it writes to stdout and stderr from now on, native code included, is caught."""
+        os.dup2(self._file.fileno(), 1)
+        os.dup2(self._file.fileno(), 2)
+        # Not the parent's objects: a test runner or a notebook may have replaced them.
+        sys.stdout, sys.stderr = _stream(1), _stream(2)
+        # Likewise: under pytest, warnings are recorded in a list of the parent's, of which the rank has a copy.
+        warnings.showwarning = _show_warning
+
+    def new_lines(self) -> list[str]:
+        """Run by the parent: the lines since the last time, cut to `MAX_LINES` and `MAX_BYTES`."""
+        start, self._shown = self._shown, os.fstat(self._file.fileno()).st_size
+        stop = self._shown
+        if stop - start <= MAX_BYTES:
+            lines = _lines(self._read(start, stop))
+            if len(lines) <= MAX_LINES:
+                return lines
+            head = tail = lines
+            total = len(lines)
+        else:
+            head = _lines(self._read(start, start + MAX_BYTES // 2))
+            tail = _lines(self._read(stop - MAX_BYTES // 2, stop))
+            chunks = range(start, stop, MAX_BYTES)
+            total = sum(self._read(at, min(at + MAX_BYTES, stop)).count(b"\n") for at in chunks)
+        head, tail = head[: MAX_LINES // 2], tail[-(MAX_LINES // 2) :]
+        left_out = total - len(head) - len(tail)
+        note = f"... {left_out} lines left out ..." if left_out > 0 else "... the middle of a long line left out ..."
+        return [*head, note, *tail]
+
+    def close(self) -> None:
+        """Gives the file back."""
+        self._file.close()
+
+    def _read(self, start: int, stop: int) -> bytes:
+        # pread: the rank writes at the position that both processes share, which must not move.
+        return os.pread(self._file.fileno(), stop - start, start)
+
+
+def flush() -> None:
+    """Writes out what Python and C hold back, so that it is seen before what comes next."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            continue  # none at all, or closed: there is nothing to write
+    ctypes.CDLL(None).fflush(None)
+
+
+def grouped(lines: Mapping[int, Sequence[str]]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Each line once, with the ranks that printed it, in an order that keeps every rank's own."""
+    left = {rank: list(reversed(of_rank)) for rank, of_rank in sorted(lines.items()) if of_rank}
+    ahead = {rank: Counter(of_rank) for rank, of_rank in left.items()}
+    while left:
+        heads = {rank: of_rank[-1] for rank, of_rank in left.items()}
+        # A line that another rank prints later on waits for it; where all wait for each other, the lowest rank goes.
+        ready = (head for head in heads.values() if all(heads[rank] == head or not ahead[rank][head] for rank in left))
+        line = next(ready, next(iter(heads.values())))
+        together = tuple(rank for rank, head in heads.items() if head == line)
+        yield together, line
+        for rank in together:
+            ahead[rank][line] -= 1
+            left[rank].pop()
+            if not left[rank]:
+                del left[rank]
+
+
+def label(ranks: Sequence[int], during: str) -> str:
+    """`[ddp ranks 0-3]`, `[ddp rank 1]`, `[ranks 0, 2-3]`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    numbers = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"[{during + ' ' if during else ''}{'rank' if len(ranks) == 1 else 'ranks'} {numbers}]"
+
+
+def _show_warning(  # noqa: PLR0913  (the signature is Python's)
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    (file or sys.stderr).write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def _stream(descriptor: int) -> TextIO:
+    # Line by line, so that a rank that is killed has said all but its last line.
+    return open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
+def _lines(text: bytes) -> list[str]:
+    lines = text.decode(errors="replace").split("\n")
+    if not lines[-1]:
+        lines.pop()  # the text ends with a whole line
+    # Of a progress bar, which draws over itself, only the last state is shown.
+    return [line.rstrip().rpartition("\r")[2] for line in lines]

@@ -1,0 +1,103 @@
+"""The process of one forked rank, as the parent sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Pipe
+
+from shardproof.ranks.output import Caught
+from shardproof.ranks.place import Place
+from shardproof.ranks.serve import live, outlive_nobody
+from shardproof.ranks.stacks import Stack
+
+
+class Process:
+    """A rank: its process, the pipe to it, what it prints, where it stands."""
+
+    def __init__(self, place: Place, target: object, *, elders: Sequence[Process]) -> None:
+        """Forks, or raises `OSError`. The rank must not hold open the pipes of `elders`, which were forked before."""
+        self.rank = place.rank
+        self.connection, theirs = Pipe()
+        self.output = Caught()
+        self.stack = Stack()
+        self._exit_code: int | None = None
+        self._reaped = False
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            # Python warns of threads that hold locks during the fork; which threads there may be is checked before.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+            try:
+                self.pid = os.fork()
+            except OSError:
+                theirs.close()
+                self._give_back()
+                raise
+        if self.pid == 0:
+            try:
+                outlive_nobody(parent)
+                for pipe in (self.connection, *(elder.connection for elder in elders)):
+                    pipe.close()
+                live(target, place, theirs, self.output, self.stack)
+            except BaseException:  # noqa: BLE001  (whatever it is, it must not unwind into the parent's copy of the stack)
+                traceback.print_exc()
+            finally:
+                # Not sys.exit: that would run the parent's clean-up, atexit hooks included, once more in every rank.
+                os._exit(1)
+        theirs.close()
+        # The rank does the same: whoever comes first, the group exists before anybody signals it.
+        with contextlib.suppress(OSError):
+            os.setpgid(self.pid, self.pid)
+
+    def send(self, message: bytes) -> None:
+        """Hands the rank a call. A rank that is gone does not raise here: that shows while its answer is awaited."""
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(message)
+
+    def gone(self, *, wait_s: float = 0.0) -> bool:
+        """Whether the process has ended, waiting for its end up to `wait_s` seconds."""
+        deadline = time.monotonic() + wait_s
+        while not self._reaped:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                self._reaped = True  # somebody else has reaped it: SIGCHLD is ignored, or a wait for any child
+                break
+            if pid:
+                self._reaped, self._exit_code = True, os.waitstatus_to_exitcode(status)
+            elif time.monotonic() >= deadline:
+                return False
+            else:
+                time.sleep(0.005)
+        return True
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of a process that is gone: negative for a signal, None where somebody else has reaped it."""
+        return self._exit_code
+
+    def kill(self) -> None:
+        """Ends the process and all that it has started, without waiting."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if not self._reaped:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def bury(self) -> None:
+        """After `kill`: leaves no zombie, no pipe and no file."""
+        if not self._reaped:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
+            self._reaped = True
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self.connection.close()
+        self.output.close()
+        self.stack.close()

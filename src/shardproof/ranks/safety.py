@@ -1,0 +1,36 @@
+"""Whether this process can be forked into ranks that work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shardproof.errors import UsageError
+
+_WAY_OUT = "start the ranks before that (call check first), or use the command line: shardproof check FILE"
+
+
+def refuse_unsafe_fork(device: str) -> None:
+    """Raises `UsageError` where forked ranks would hang or crash, with the way out."""
+    if not hasattr(os, "fork"):
+        raise UsageError("this platform has no fork, which starts the ranks; use Linux or macOS, or torchrun")
+    import torch  # noqa: PLC0415  (the room must be importable without torch)
+
+    if device == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise UsageError(f"CUDA is in use in this process already, and ranks forked from it cannot use it; {_WAY_OUT}")
+    if any(name.startswith("pt_autograd_") for name in _threads()):
+        raise UsageError(
+            "this process has run a backward pass, whose autograd threads do not survive the fork into ranks; "
+            + _WAY_OUT
+        )
+
+
+def _threads() -> list[str]:
+    """Names of this process's native threads; none where the system does not list them (macOS)."""
+    names = []
+    for file in Path("/proc/self/task").glob("*/comm"):
+        try:
+            names.append(file.read_text().strip())
+        except OSError:
+            continue  # the thread has ended since it was listed
+    return names
