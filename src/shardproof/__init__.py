@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardproof.parity import assert_parity, check
     from shardproof.compare.verdict import Comparison, Verdict
     from shardproof.diagnose.finding import Finding
     from shardproof.errors import (
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
         StrategyError,
         UsageError,
     )
+    from shardproof.parity import assert_parity, check
     from shardproof.report.data import Report, Run
     from shardproof.spec.experiment import Experiment
     from shardproof.spec.loading import load

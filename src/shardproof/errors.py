@@ -10,6 +10,8 @@
     │   ├── RankDied            the process of a rank ended (a signal, os._exit, out of memory)
     │   └── RankHung            no rank answered within the time limit
     └── ParityError             layouts that should agree do not (also an AssertionError); exit code 1
+
+The exit codes are those of the command line.
 """
 
 from __future__ import annotations

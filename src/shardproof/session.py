@@ -180,9 +180,7 @@ class Session:
         return again
 
 
-def by_axis(
-    counted: Mapping[tuple[str, tuple[int, ...]], int], layout: Parallelism
-) -> dict[str, dict[str, int]]:
+def by_axis(counted: Mapping[tuple[str, tuple[int, ...]], int], layout: Parallelism) -> dict[str, dict[str, int]]:
     """Mesh axis -> collective -> how often, as rank 0 saw it."""
     found: dict[str, dict[str, int]] = {}
     for (collective, ranks), count in counted.items():

@@ -238,9 +238,8 @@ def _first_loss_is_a_number(run: TracedRun) -> None:
 def _is_about_shapes(error: BaseException) -> bool:
     words = ("shape", "size", "view", "split", "divis", "dim", "mat1")
     text = str(error).lower()
-    inside_forward = any(
-        frame.name == "_call_impl" and "modules" in frame.filename for frame in traceback.extract_tb(error.__traceback__)
-    )
+    frames = traceback.extract_tb(error.__traceback__)
+    inside_forward = any(frame.name == "_call_impl" and "modules" in frame.filename for frame in frames)
     return inside_forward and any(word in text for word in words)
 
 

@@ -64,7 +64,8 @@ def compare(
         fit = best_fit(cell, whole, base.floor * abs(factor), observed)
         if fit is None:
             got = ", ".join(sorted({str(tuple(t.shape)) for t in cell.tensors}))
-            return replace(base, reason=f"{got} is no part of the reference's {tuple(whole.shape)} by samples or slices")
+            reason = f"{got} is no part of the reference's {tuple(whole.shape)} by samples or slices"
+            return replace(base, reason=reason)
         fits.append(fit)
     result = _merged(base, fits, zero=not any(scale(whole) > 0 for whole in wholes))
     if stage == "backward" and result.verdict is Verdict.DIFFERENT:
@@ -86,7 +87,8 @@ def _summed_over_parts(
     shapes = {tuple(tensor.shape for tensor in cell.tensors) for cell in cells}
     if len(shapes) != 1 or len(wholes) != 1:
         return None
-    scaled = [[wide(t) / factors.get((cell.records[0].step, cell.microbatch), 1.0) for t in cell.tensors] for cell in cells]
+    step = cells[0].records[0].step
+    scaled = [[wide(t) / factors.get((step, cell.microbatch), 1.0) for t in cell.tensors] for cell in cells]
     together = replace(cells[0], tensors=tuple(torch.stack(parts).sum(0) for parts in zip(*scaled, strict=True)))
     for fit in _readings(together, wholes[0], floor):
         if fit.outcome.verdict is not Verdict.DIFFERENT:
@@ -198,9 +200,7 @@ def _readings(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
     dim = split_dim(tensors, tuple(expected.shape))
     if dim is None:
         return
-    yield Fit(
-        outcome=_judge(cell, tensors, in_order(tensors, expected, dim), floor), layout=f"tp: slices of dim {dim}"
-    )
+    yield Fit(outcome=_judge(cell, tensors, in_order(tensors, expected, dim), floor), layout=f"tp: slices of dim {dim}")
     other = rearranged(tensors, expected, dim, floor)
     if other is not None:
         yield Fit(outcome=_judge(cell, tensors, other, floor), layout=f"tp: rearranged slices of dim {dim}")

@@ -84,10 +84,7 @@ def _over_data(values: dict[int, Tensor], want: Tensor, observed: Observed, *, m
     pairs = []
     for group in peers:
         stacked = torch.stack([values[rank] for rank in group])
-        if mean:
-            got = stacked.mean()
-        else:
-            got = stacked.sum()
+        got = stacked.mean() if mean else stacked.sum()
         pairs += [Pair(rank=rank, got=got, want=want) for rank in group]
     return pairs
 

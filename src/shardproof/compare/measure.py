@@ -133,7 +133,7 @@ def worst(pairs: list[Pair], shown: int = SHOWN) -> list[Sample]:
         if not far.numel() or pair.rank in per_rank:
             continue
         order = torch.nan_to_num(far.reshape(-1), nan=float("inf")).topk(min(shown, far.numel())).indices.tolist()
-        per_rank[pair.rank] = [_sample(pair, flat) for flat in order if not float(far.reshape(-1)[flat]) == 0]
+        per_rank[pair.rank] = [_sample(pair, flat) for flat in order if float(far.reshape(-1)[flat]) != 0]
     rows = [row for turn in range(shown) for rows in per_rank.values() for row in rows[turn : turn + 1]]
     return rows[:shown]
 

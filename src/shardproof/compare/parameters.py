@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -96,13 +97,12 @@ def _expected(record: Record, want: Tensor) -> Tensor:
     return record.piece.take(want) if record.piece is not None and record.piece.declared else want
 
 
-def _judge(present: list[Held], want: Tensor, floor: float, observed: Observed) -> tuple[Outcome, str, str]:
+def _judge(present: Sequence[Held], want: Tensor, floor: float, observed: Observed) -> tuple[Outcome, str, str]:
     by_hand = [h for h in present if h[1].piece is not None and _by_hand(h[1].piece)]
     if by_hand:
         return _judge_by_hand(by_hand, want, floor, observed)
     pairs = [
-        Pair(rank=rank, got=tensor, want=piece.take(want), piece=piece)
-        for rank, piece, tensor in _summed(present)
+        Pair(rank=rank, got=tensor, want=piece.take(want), piece=piece) for rank, piece, tensor in _summed(present)
     ]
     return judge(pairs, floor), describe([(rank, r.piece) for rank, r, _ in present if r.piece], observed), ""
 
@@ -111,7 +111,7 @@ def _by_hand(piece: Piece) -> bool:
     return not piece.declared and piece.shape != piece.whole
 
 
-def _summed(present: list[Held]) -> list[tuple[int, Piece, Tensor]]:
+def _summed(present: Sequence[Held]) -> list[tuple[int, Piece, Tensor]]:
     """Pieces with pending sums carried out, as whoever uses the tensor next would."""
     tensors = {rank: tensor for rank, _, tensor in present if tensor is not None}
     done = []
@@ -126,7 +126,7 @@ def _summed(present: list[Held]) -> list[tuple[int, Piece, Tensor]]:
     return done
 
 
-def _judge_by_hand(held: list[Held], want: Tensor, floor: float, observed: Observed) -> tuple[Outcome, str, str]:
+def _judge_by_hand(held: Sequence[Held], want: Tensor, floor: float, observed: Observed) -> tuple[Outcome, str, str]:
     """Plain tensors smaller than the whole: their place is found from values, and they must tile the whole."""
     pairs: list[Pair] = []
     layout, reason = "", ""
@@ -142,9 +142,7 @@ def _judge_by_hand(held: list[Held], want: Tensor, floor: float, observed: Obser
         if dim is None:
             shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
             reason = f"pieces {shapes} do not tile the whole {tuple(want.shape)}"
-            outcome = Outcome(
-                verdict=Verdict.DIFFERENT, error=float("inf"), ranks=tuple(peers), ratio=None, samples=()
-            )
+            outcome = Outcome(verdict=Verdict.DIFFERENT, error=float("inf"), ranks=tuple(peers), ratio=None, samples=())
             return outcome, "", reason
         wants = in_order(pieces, want, dim)
         layout = f"tp: slices of dim {dim}"

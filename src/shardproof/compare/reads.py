@@ -80,9 +80,7 @@ def understand(
         misread = _differs(ranks, peers)
     if misread is None:
         misread = _out_of_order(ranks, readers, parallelism, data)
-    return Reads(
-        batches=tuple(batches), sources=tuple(sources), samples=samples, split_over_tp=split, misread=misread
-    )
+    return Reads(batches=tuple(batches), sources=tuple(sources), samples=samples, split_over_tp=split, misread=misread)
 
 
 def _differs(ranks: Sequence[RankReads], peers: list[list[int]]) -> Misread:

@@ -29,7 +29,7 @@ FIXES = {
     "forward": "look at what this module computes under this layout: its inputs are the first to be trusted, its "
     "output the first that is not",
     "loss": "compute the loss from the model's whole output, and mean it over the samples once",
-    "gradient": "check how this gradient is reduced: averaged over data ranks, summed over tp where it is partial, once",
+    "gradient": "check how this gradient is reduced: averaged over data ranks, summed over tp where partial, once",
     "grad-norm": "take the norm over all shards once (each shard counted once, each replica not at all), then clip",
     "optimizer-state": "build the optimizer over the laid-out model's own parameters",
     "update": "build the optimizer after the model is laid out, over the parameters that it returns",
@@ -74,9 +74,8 @@ def explain(comparisons: Sequence[Comparison], facts: Facts) -> list[Finding]:
 def _misread(misread: Misread | None, comparisons: Sequence[Comparison]) -> Finding | None:
     if misread is None:
         return None
-    shown = next(
-        (c for c in comparisons if c.stage == "batch" and c.step == misread.step and c.verdict is Verdict.DIFFERENT), None
-    )
+    batches = (c for c in comparisons if c.stage == "batch" and c.step == misread.step)
+    shown = next((c for c in batches if c.verdict is Verdict.DIFFERENT), None)
     return Finding(
         cause=misread.cause,
         stage="batch",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,11 +17,11 @@ NAMESPACES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"}
 NOT_COLLECTIVE = frozenset({"wait_tensor", "wrap_tensor_autograd", "monitored_barrier_"})
 
 
-class CountCollectives(TorchDispatchMode):
+class CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Counts the collectives inside, by name and by the ranks that took part."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,11 +41,11 @@ def _ranks(func: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
     """Global ranks of the process group among the arguments, found by the operator's schema."""
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.name == "group_name":
-            return _group_ranks(dist.distributed_c10d._resolve_process_group(value))
+            return _group_ranks(_resolve_process_group(value))
         if argument.name == "process_group":
             return _group_ranks(dist.ProcessGroup.unbox(value))
     if "group_name" in kwargs:
-        return _group_ranks(dist.distributed_c10d._resolve_process_group(kwargs["group_name"]))
+        return _group_ranks(_resolve_process_group(kwargs["group_name"]))
     return ()
 
 

@@ -51,9 +51,7 @@ def _ties_kept(model: nn.Module) -> Iterator[None]:
     before = DTensorExtensions.pre_flatten_transform
 
     def with_layout(self: DTensorExtensions, tensor: Tensor) -> tuple[Tensor, Any]:
-        found: tuple[Tensor, Any] = (
-            (tensor, layouts[id(tensor)]) if id(tensor) in layouts else before(self, tensor)
-        )
+        found: tuple[Tensor, Any] = (tensor, layouts[id(tensor)]) if id(tensor) in layouts else before(self, tensor)
         return found
 
     if layouts:

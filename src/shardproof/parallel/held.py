@@ -141,7 +141,7 @@ def _flat_parameters(model: nn.Module, names: dict[int, str]) -> Iterator[Held]:
             extension = flat._param_extensions[index]
             box = piece.of_spec(extension) if isinstance(extension, DTensorSpec) else piece.whole(flat._shapes[index])
             start, stop = 0, 0
-            if shard.in_shard:
+            if shard.intra_param_start_idx is not None and shard.intra_param_end_idx is not None:
                 start, stop = shard.intra_param_start_idx, shard.intra_param_end_idx + 1
             window = None
             if originals is None:

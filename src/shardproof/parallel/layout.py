@@ -44,8 +44,10 @@ def lay_out(model: nn.Module, experiment: Experiment, mesh: DeviceMesh, parallel
     if parallelism.dp_replicate > 1:
         # DDP cannot hold DTensors (torch 2.13 mixes them with plain tensors in its first broadcast); HSDP with
         # one shard is the same data parallelism, and what torch's own `replicate` is made of.
-        return sharded(model, [], mesh, replicas=parallelism.dp_replicate) if parallelism.tp > 1 else replicated(
-            model, mesh
+        return (
+            sharded(model, [], mesh, replicas=parallelism.dp_replicate)
+            if parallelism.tp > 1
+            else replicated(model, mesh)
         )
     return model
 
@@ -73,4 +75,5 @@ def sharded(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, *, repli
     axes = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
     for unit in units:
         fully_shard(unit, mesh=axes)
-    return fully_shard(model, mesh=axes)
+    fully_shard(model, mesh=axes)
+    return model

@@ -26,8 +26,15 @@ def axis_of(ranks: frozenset[int], parallelism: Parallelism, rank: int) -> str:
     if len(ranks) == 1:
         return "self"
     at = parallelism.coordinates(rank)
-    for names in (("tp",), ("dp_shard",), ("dp_replicate",), ("dp_replicate", "dp_shard"), ("dp_shard", "tp"),
-                  ("dp_replicate", "tp"), AXES):
+    for names in (
+        ("tp",),
+        ("dp_shard",),
+        ("dp_replicate",),
+        ("dp_replicate", "dp_shard"),
+        ("dp_shard", "tp"),
+        ("dp_replicate", "tp"),
+        AXES,
+    ):
         peers = frozenset(
             other
             for other in range(parallelism.world_size)

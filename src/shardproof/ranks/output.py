@@ -102,7 +102,7 @@ def label(ranks: Sequence[int], during: str) -> str:
     return f"[{during + ' ' if during else ''}{'rank' if len(ranks) == 1 else 'ranks'} {numbers}]"
 
 
-def _show_warning(  # noqa: PLR0913  (the signature is Python's)
+def _show_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,

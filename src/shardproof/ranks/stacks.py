@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from types import FrameType
 
-_SIGNAL = signal.SIGUSR1
 _SETTLED_S = 0.05
 """A stack is written in one go: this long without another byte, and it is whole."""
 _ROOM = f'  File "{Path(__file__).parent}{os.sep}'
@@ -26,11 +25,11 @@ class Stack:
 
     def answer_signals(self) -> None:
         """Run by the rank: from now on a signal makes it write down where its main thread stands."""
-        faulthandler.register(_SIGNAL, file=self._file.fileno(), all_threads=False, chain=False)
+        faulthandler.register(signal.SIGUSR1, file=self._file.fileno(), all_threads=False, chain=False)
 
     def ask(self, pid: int) -> None:
         """Run by the parent: asks the rank, without waiting."""
-        os.kill(pid, _SIGNAL)
+        os.kill(pid, signal.SIGUSR1)
 
     def read(self, deadline: float) -> str:
         """Run by the parent after `ask`: the stack, innermost frame first, by `deadline` (of time.monotonic)."""

@@ -82,7 +82,9 @@ class Experiment:
         for name in ("parallelize", "batches", "train_step"):
             value = getattr(self, name)
             if value is not None and not callable(value):
-                raise ExperimentError(f"Experiment.{name} is {value!r}, which cannot be called; pass a function or None")
+                raise ExperimentError(
+                    f"Experiment.{name} is {value!r}, which cannot be called; pass a function or None"
+                )
         for name in ("batch_size", "microbatches", "steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -45,7 +45,7 @@ def named(name: str, ranks: int) -> Parallelism:
             f"it fits {possible}, or give degrees such as --strategy {','.join(f'{a}=2' for a in axes)}"
         )
     degrees = dict.fromkeys(axes, 2) | {axes[-1]: rest}
-    return Parallelism(**degrees, flat_parameters=strategy in FLAT, strategy=strategy)
+    return _of(degrees, strategy)
 
 
 def parse(text: str | Parallelism, ranks: int | None) -> Parallelism:
@@ -70,7 +70,17 @@ def parse(text: str | Parallelism, ranks: int | None) -> Parallelism:
         if not number.isdecimal() or int(number) < 1:
             raise StrategyError(f"{text}: {axis} is {number!r}; a degree is a whole number of at least 1")
         degrees[axis] = int(number)
-    return Parallelism(**degrees, strategy=",".join(f"{axis}={n}" for axis, n in degrees.items()))
+    return _of(degrees, ",".join(f"{axis}={n}" for axis, n in degrees.items()))
+
+
+def _of(degrees: dict[str, int], strategy: str) -> Parallelism:
+    return Parallelism(
+        dp_replicate=degrees.get("dp_replicate", 1),
+        dp_shard=degrees.get("dp_shard", 1),
+        tp=degrees.get("tp", 1),
+        flat_parameters=strategy in FLAT,
+        strategy=strategy,
+    )
 
 
 def fitting(ranks: int, *, tp: bool) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -36,11 +37,12 @@ class Trace:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = safe_open(path, "pt")
-        self.records = tuple(_from_plain(plain) for plain in json.loads(self._file.metadata()["records"]))
+        metadata: dict[str, str] = self._file.metadata()  # type: ignore[no-untyped-call]
+        self.records = tuple(_from_plain(plain) for plain in json.loads(metadata["records"]))
 
     def tensor(self, number: int) -> Tensor:
         """The tensor of record `number`."""
-        tensor: Tensor = self._file.get_tensor(str(number))
+        tensor: Tensor = self._file.get_tensor(str(number))  # type: ignore[no-untyped-call]
         return tensor
 
     @cached_property
@@ -57,14 +59,14 @@ def _as_plain(record: Record) -> dict[str, object]:
     return {key: value for key, value in plain.items() if value != _DEFAULTS.get(key, _NONE)}
 
 
-def _from_plain(plain: dict[str, object]) -> Record:
+def _from_plain(plain: dict[str, Any]) -> Record:
     piece = plain.pop("piece", None)
     if isinstance(piece, dict):
         piece = Piece(**{key: _tuples(value) for key, value in piece.items()})
-    return Record(**plain, piece=piece)  # type: ignore[arg-type]
+    return Record(**plain, piece=piece)
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 

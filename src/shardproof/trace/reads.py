@@ -34,4 +34,3 @@ def _digest(sample: list[Tensor]) -> str:
         # Bytes, not numbers: bfloat16 has no NumPy type, and NaN must equal itself.
         found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-

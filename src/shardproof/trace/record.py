@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shardproof.parallel.piece import Piece
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One tensor at one moment of a run, on one rank. The tensor itself is kept beside it."""

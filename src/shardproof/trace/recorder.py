@@ -145,7 +145,7 @@ class Recorder:
         for path, leaf in leaves(output):
             self._add("forward", name, leaf, part=path, call=call, draws=draws)
             if leaf.requires_grad:
-                leaf.register_hook(partial(self._output_gradient, name, path, call))
+                leaf.register_hook(partial(self._output_gradient, name, path, call))  # type: ignore[no-untyped-call]
 
     def _output_gradient(self, name: str, path: str, call: int, grad: Tensor) -> None:
         if self._open:
@@ -193,4 +193,4 @@ class Recorder:
         self.entries.append((record, None if tensor is None else plain(tensor.detach()).clone()))
 
     def _fingerprint(self) -> int:
-        return zlib.crc32(generator_state(self.device).numpy()) or 1
+        return zlib.crc32(generator_state(self.device).numpy().data) or 1

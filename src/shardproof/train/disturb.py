@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-
 LOSS_SCALES = (1.125, 0.875, 1.375, 0.8125, 1.625, 0.6875)
 """Factors on the loss of a disturbed run: exact in bfloat16 too, and no powers of two, so that every product in the
 backward pass is rounded anew. Without them the long sums of a gradient (over all tokens) round the same way in every

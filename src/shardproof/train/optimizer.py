@@ -22,8 +22,10 @@ def build_optimizer(experiment: Experiment, laid_out: nn.Module) -> Optimizer:
     """
     if experiment.parallelize is None and isinstance(laid_out, FullyShardedDataParallel):
         return _over_flat_parameters(experiment, laid_out)
-    own_wrapper = experiment.parallelize is None and isinstance(laid_out, DistributedDataParallel)
-    return _checked(experiment.optimizer(laid_out.module if own_wrapper else laid_out))
+    seen = laid_out
+    if experiment.parallelize is None and isinstance(laid_out, DistributedDataParallel):
+        seen = laid_out.module
+    return _checked(experiment.optimizer(seen))
 
 
 def _checked(optimizer: object) -> Optimizer:

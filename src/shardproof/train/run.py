@@ -20,7 +20,6 @@ from shardproof.parallel.collectives import CountCollectives
 from shardproof.parallel.data import GlobalBatches, Microbatch, cast, dataset_of
 from shardproof.parallel.held import Held, held_parameters, ties
 from shardproof.parallel.layout import lay_out
-from shardproof.parallel.names import canonical_modules
 from shardproof.parallel.piece import Piece
 from shardproof.parallel.seeding import seed_everything
 from shardproof.spec.experiment import Experiment

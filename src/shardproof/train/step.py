@@ -92,14 +92,14 @@ def train_step(step: Step, parameters: list[Held], observer: Observer | None = N
             else:
                 share = weight
             factor = share * step.loss_scale
-            (value if factor == 1.0 else value * factor).backward()
+            (value if factor == 1.0 else value * factor).backward()  # type: ignore[no-untyped-call]
         part = plain(value.detach()) * share
         logged = part if logged is None else logged + part
     if logged is None:
-        raise ExperimentError(f"step {step.index} has no micro-batch; Experiment.batches must yield at least one a step")
+        raise ExperimentError(f"step {step.index} has no micro-batch; Experiment.batches must yield one or more a step")
     settle_gradients(parameters)
     if step.loss_scale != 1.0:
-        scale_([held.leaf.grad for held in _leaves(parameters) if held.leaf.grad is not None], 1 / step.loss_scale)
+        scale_(_gradients(parameters), 1 / step.loss_scale)
     if count is not None:
         logged = _divide_by_global_count(step, parameters, logged, count)
     if observer is not None:
@@ -118,7 +118,8 @@ def checked(loss: Any) -> Tensor:
     value = loss.total if isinstance(loss, LossSum) else loss
     if not isinstance(value, Tensor):
         raise ExperimentError(
-            f"Experiment.loss returned {type(value).__name__}; it must return a scalar tensor or sp.LossSum(total, count)"
+            f"Experiment.loss returned {type(value).__name__}; "
+            "it must return a scalar tensor or sp.LossSum(total, count)"
         )
     if value.numel() != 1 or value.dim() != 0:
         raise ExperimentError(
@@ -143,10 +144,10 @@ def _divide_by_global_count(step: Step, parameters: list[Held], total: Tensor, c
             f"step {step.index}: the counts of all LossSum parts add up to {both[1].item():g}; "
             "a batch must hold at least one element that counts"
         )
-    scale_([held.leaf.grad for held in _leaves(parameters) if held.leaf.grad is not None], step.parallelism.dp / both[1])
+    scale_(_gradients(parameters), step.parallelism.dp / both[1])
     return both[0] / both[1]
 
 
-def _leaves(parameters: list[Held]) -> list[Held]:
-    """One entry per leaf: several names may share FSDP's flat parameter."""
-    return list({id(held.leaf): held for held in parameters}.values())
+def _gradients(parameters: list[Held]) -> list[Tensor]:
+    """Every gradient once: several names may share FSDP's flat parameter."""
+    return list({id(held.leaf): held.leaf.grad for held in parameters if held.leaf.grad is not None}.values())
