@@ -33,7 +33,7 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     dtype: str | torch.dtype = "float64",
     device: str = "cpu",
     steps: int | None = None,
-    reference: str | Experiment = "single",
+    reference: str | Parallelism | Experiment = "single",
     shuffle: bool = False,
     timeout_s: float = 600.0,
     show: Sequence[int] = (),
@@ -42,14 +42,16 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     """Train `experiment` under every strategy and hold each run, tensor by tensor, against one device.
 
     `strategies` are names (`ddp`), degrees (`tp=2,dp_shard=3`, which bring their own number of ranks) or
-    `Parallelism`; all that fit `ranks` if None. `reference` is `single`, or another Experiment that is trained on one
-    device instead. `show` lists ranks whose tensors the report should hold. `timeout_s` limits each piece of work.
+    `Parallelism`; all that fit `ranks` if None. `reference` is what is trusted: `single`, another strategy, or
+    another Experiment that is trained on one device instead. `show` lists ranks whose tensors the report should hold.
+    `timeout_s` limits each piece of work.
 
     Raises `UsageError` for wrong use or a broken experiment, `RankError` where a rank failed, died or hung. Under
     torchrun it returns None on every rank but the first.
     """
     layouts = _layouts(experiment, strategies, ranks)
-    size = max(layout.world_size for layout in layouts)
+    trust = _trust(experiment, reference, ranks)
+    size = max(layout.world_size for layout in (*layouts, *([trust] if trust else [])))
     bad = [rank for rank in show if not 0 <= rank < size]
     if bad:
         raise UsageError(f"show {bad[0]}: there are ranks 0 to {size - 1}")
@@ -57,13 +59,13 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
         worker = Worker(
             experiment=experiment,
-            trusted=_trusted(experiment, reference),
+            trusted=reference if isinstance(reference, Experiment) else experiment,
             folder=Path(folder),
             dtype=_dtype(dtype),
             steps=_steps(experiment, steps),
             shuffle=shuffle,
         )
-        session = Session(worker=worker, show=tuple(show), progress=progress or Silent())
+        session = Session(worker=worker, show=tuple(show), progress=progress or Silent(), trust=trust)
         pending, runs, left_out = list(layouts), [], []
         while pending:
             with start(size, worker, timeout_s=timeout_s, device=device) as pool:
@@ -87,7 +89,9 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
         steps=worker.steps,
         dtype=str(worker.dtype).removeprefix("torch."),
         device=device,
-        reference=reference if isinstance(reference, str) else f"single, of {_name(reference)}",
+        reference=f"single, of {_name(reference)}"
+        if isinstance(reference, Experiment)
+        else parse(reference, ranks).strategy,
         warnings=tuple(left_out),
         time_s=time.perf_counter() - started,
     )
@@ -136,12 +140,14 @@ def _steps(experiment: Experiment, steps: int | None) -> int:
     return steps
 
 
-def _trusted(experiment: Experiment, reference: str | Experiment) -> Experiment:
+def _trust(experiment: Experiment, reference: str | Experiment | Parallelism, ranks: int) -> Parallelism | None:
+    """The layout to be trusted, None for one device."""
     if isinstance(reference, Experiment):
-        return reference
-    if reference.strip().lower() != "single":
-        raise UsageError(f"reference {reference!r}: give 'single', or another Experiment to be trained on one device")
-    return experiment
+        return None
+    layout = parse(reference, ranks)
+    if layout.tp > 1 and not experiment.tp_plan and experiment.parallelize is None:
+        raise StrategyError(f"reference {layout.strategy}: tensor parallelism needs Experiment.tp_plan or parallelize")
+    return None if layout.world_size == 1 else layout
 
 
 def _name(experiment: Experiment) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardproof.compare.reads import Reads, digest_of, understand
 from shardproof.compare.view import Observed
 from shardproof.diagnose.applied import check_applied, sharded_over
 from shardproof.diagnose.explain import Facts, explain
-from shardproof.errors import UsageError
+from shardproof.errors import StrategyError, UsageError
 from shardproof.parallel.mesh import axis_of
 from shardproof.parallel.plan import splits_batch
 from shardproof.ranks import Ranks
+from shardproof.ranks.forked import ForkedRanks
 from shardproof.report.data import Run
 from shardproof.report.progress import Progress
 from shardproof.spec.parallelism import AXES, Parallelism
@@ -42,11 +43,14 @@ class Session:
     worker: Worker
     show: tuple[int, ...]
     progress: Progress
+    trust: Parallelism | None = None
+    """The layout to be trusted instead of one device."""
     _ranks: Ranks | None = None
     _runs: int = 0
     _trusted: dict[str, Trusted] = field(default_factory=dict)
     """Digest of what was read -> the reference that read just that."""
     _content: Counter[str] | None = None
+    _trusted_layout: bool = False
 
     def use(self, ranks: Ranks) -> None:
         """Work on these ranks from now on.
@@ -58,6 +62,8 @@ class Session:
         ranks.on_output = self.progress.message
         if self.worker.experiment.batches is None and not self._trusted:
             self._reference("reference", None)
+        if self.trust is not None and not self._trusted_layout:
+            self._trust(self.trust)
 
     @property
     def ranks(self) -> Ranks:
@@ -78,14 +84,7 @@ class Session:
         reads = self._understood(summaries, layout)
         trusted = self._reference_for(name, reads)
         self.progress.starting(f"comparing {layout.strategy} with the reference")
-        observed = Observed(
-            ranks=(),
-            parallelism=layout,
-            microbatches=experiment.microbatches,
-            batch_split_over_tp=reads.split_over_tp,
-            samples=reads.samples,
-            placements=experiment.placements or {},
-        )
+        observed = self._observed(layout, reads)
         unclipped = self._unclipped(name, layout)
         compared = self.ranks.call(
             "compare",
@@ -126,16 +125,9 @@ class Session:
     def _train(self, name: str, layout: Parallelism, variant: Variant) -> dict[int, Summary]:
         ranks = range(layout.world_size)
         summaries = self.ranks.call("run", name, layout, variant, ranks=ranks, during=layout.strategy)
-        self._gather(name, layout)
+        if any(not self.worker.trace(name, rank).exists() for rank in ranks):
+            self.ranks.call("gather", name, layout.world_size, ranks=ranks, during=f"gathering {layout.strategy}")
         return summaries
-
-    def _gather(self, name: str, layout: Parallelism) -> None:
-        """Bring the traces of ranks on other machines to this one, a rank at a time."""
-        for rank in range(layout.world_size):
-            if not self.worker.trace(name, rank).exists():
-                files = self.ranks.call("fetch", name, ranks=[rank], during=layout.strategy)[rank]
-                for file, content in files.items():
-                    (self.worker.folder / file).write_bytes(content)
 
     def _understood(self, summaries: Mapping[int, Summary], layout: Parallelism) -> Reads:
         experiment = self.worker.experiment
@@ -149,8 +141,35 @@ class Session:
             data=self._content,
         )
 
+    def _observed(self, layout: Parallelism, reads: Reads) -> Observed:
+        return Observed(
+            ranks=(),
+            parallelism=layout,
+            microbatches=self.worker.experiment.microbatches,
+            batch_split_over_tp=reads.split_over_tp,
+            samples=reads.samples,
+            placements=self.worker.experiment.placements or {},
+        )
+
+    def _trust(self, layout: Parallelism) -> None:
+        """Train under `layout` and let its values take the place of one device's."""
+        self.progress.starting(f"training the reference under {layout}")
+        summaries = self._train("trusted", layout, Variant())
+        reads = self._understood(summaries, layout)
+        single = self._reference_for("trusted", reads)
+        whole, during = "trusted-whole", f"assembling {layout.strategy}"
+        observed = self._observed(layout, reads)
+        self.ranks.call("assemble", "trusted", single.name, whole, observed, ranks=[0], during=during)
+        self._trusted[digest_of(reads)] = replace(single, name=whole)
+        self._trusted_layout = True
+
     def _reference_for(self, name: str, reads: Reads) -> Trusted:
         known = self._trusted.get(digest_of(reads))
+        if known is None and self._trusted_layout and self.trust is not None:
+            raise StrategyError(
+                f"reference {self.trust.strategy}: it read other samples than the strategy to be checked, so that "
+                "their tensors have nothing in common; use the reference 'single', which replays what was read"
+            )
         return known or self._reference(f"{name}-reference", Replay(name=name, sources=reads.sources))
 
     def _reference(self, name: str, replay: Replay | None) -> Trusted:
@@ -161,8 +180,10 @@ class Session:
             variants.append(Variant(widened=True))
         self.progress.starting("measuring the noise floor")
         floors: dict[int, float] = {}
-        for rank, found in self.ranks.call("draws", name, replay, variants, during="the noise floor").items():
-            del rank
+        # torchrun's ranks need not see each other's files, and the draws are held against the reference's.
+        ranks = tuple(range(self.ranks.size)) if isinstance(self.ranks, ForkedRanks) else (0,)
+        drawn = self.ranks.call("draws", name, replay, variants, ranks, ranks=ranks, during="the noise floor")
+        for found in drawn.values():
             for number, moved in found.items():
                 floors[number] = max(floors.get(number, 0.0), moved)
         trusted = Trusted(name=name, summary=summary, floors=floors)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from shardproof.compare.assemble import assemble
 from shardproof.compare.measure import distance, largest
 from shardproof.compare.run import compare_run
 from shardproof.compare.verdict import Comparison
@@ -26,8 +27,9 @@ from shardproof.report.data import Shown
 from shardproof.report.shown import shown_by
 from shardproof.spec.experiment import Batch, Experiment
 from shardproof.spec.parallelism import Parallelism
-from shardproof.trace.file import Trace
+from shardproof.trace.file import Trace, save
 from shardproof.trace.reads import digests
+from shardproof.trace.transfer import receive_file, send_file
 from shardproof.train.run import Settings, Summary, TracedRun, Variant
 
 SINGLE = Parallelism(strategy="single")
@@ -100,13 +102,16 @@ class Worker:
             run.save(self.trace(name, 0))
         return summary
 
-    def draws(self, place: Place, name: str, replay: Replay | None, variants: Sequence[Variant]) -> dict[int, float]:
-        """Repeat the reference with rounding disturbed; how far each of its records moves, by number."""
+    def draws(
+        self, place: Place, name: str, replay: Replay | None, variants: Sequence[Variant], ranks: Sequence[int]
+    ) -> dict[int, float]:
+        """Repeat the reference with rounding disturbed; how far each of its records moves, by number.
+
+        `ranks` share the variants among them.
+        """
         floors: dict[int, float] = {}
         reference = Trace(self.trace(name, 0))
-        for number, variant in enumerate(variants):
-            if number % place.size != place.rank:
-                continue
+        for variant in variants[ranks.index(place.rank) :: len(ranks)]:
             with place.world(f"{name}-draw", 1):
                 run = self._single(place, variant)
                 run.train(self._global_batches(place, replay))
@@ -160,15 +165,26 @@ class Worker:
     def _traces(self, name: str, observed: Observed) -> list[Trace]:
         return [Trace(self.trace(name, rank)) for rank in range(observed.parallelism.world_size)]
 
+    def assemble(self, place: Place, name: str, template: str, whole: str, observed: Observed) -> None:
+        """Write the whole tensors of a run as the trace `whole`, shaped like the one-device run `template`."""
+        del place
+        run = replace(observed, ranks=self._traces(name, observed))
+        save(self.trace(whole, 0), assemble(Trace(self.trace(template, 0)), run))
+
     def show(self, place: Place, name: str, ranks: Sequence[int]) -> dict[int, tuple[Shown, ...]]:
         """What the given ranks of a run held."""
         del place
         return {rank: shown_by(Trace(self.trace(name, rank))) for rank in ranks}
 
-    def fetch(self, place: Place, name: str) -> dict[str, bytes]:
-        """This rank's files of a run, for a leader on another machine."""
-        paths = (self.trace(name, place.rank), self._batches(name, place.rank))
-        return {path.name: path.read_bytes() for path in paths if path.exists()}
+    def gather(self, place: Place, name: str, size: int) -> None:
+        """Bring the files that ranks below `size` wrote for a run to rank 0, which may be on another machine."""
+        with place.world(f"{name}-gather", size):
+            for rank in range(1, size):
+                for path in (self.trace(name, rank), self._batches(name, rank)):
+                    if place.rank == rank:
+                        send_file(path)
+                    elif place.rank == 0:
+                        receive_file(path, rank)
 
     def trace(self, name: str, rank: int) -> Path:
         """Where the trace of a rank lies."""

@@ -53,7 +53,7 @@ def compare(
     if not wholes or not shown:
         reason = "the reference has no such tensor" if shown else "this run shows no such tensor"
         return replace(base, reason=reason)
-    cells, problem = _cells(key, observed, calls=len(wholes))
+    cells, problem = cells_of(key, observed, calls=len(wholes))
     base = replace(base, shape=tuple(wholes[0].shape), floor=max(reference.floor(key), ulp(wholes[0])))
     if problem:
         return replace(base, reason=problem)
@@ -122,7 +122,7 @@ def _worst(verdicts: list[Verdict]) -> Verdict:
     return max(verdicts, key=order.index)
 
 
-def _cells(key: Key, observed: Observed, *, calls: int) -> tuple[list[Cell], str]:
+def cells_of(key: Key, observed: Observed, *, calls: int) -> tuple[list[Cell], str]:
     """The cells of a key, fillers left out; or why they cannot be told apart."""
     per_rank: dict[int, list[tuple[Record, Tensor]]] = {}
     for rank, record, tensor in observed.held(key):
@@ -161,7 +161,7 @@ def best_fit(cell: Cell, whole: Tensor, floor: float, observed: Observed) -> Fit
     """The reading of a cell that fits its values; the closest one where none does; None where no shape fits."""
     step = cell.records[0].step
     closest: Fit | None = None
-    for expected in _parts(whole, observed.part(step, cell.data_rank, cell.microbatch)):
+    for expected in parts_of(whole, observed.part(step, cell.data_rank, cell.microbatch)):
         for fit in _readings(cell, expected, floor):
             if fit.outcome.verdict is not Verdict.DIFFERENT:
                 return fit
@@ -170,7 +170,7 @@ def best_fit(cell: Cell, whole: Tensor, floor: float, observed: Observed) -> Fit
     return closest
 
 
-def _parts(whole: Tensor, part: tuple[int, int, int]) -> Iterator[Tensor]:
+def parts_of(whole: Tensor, part: tuple[int, int, int]) -> Iterator[Tensor]:
     """The part of a batch's tensor that belongs to some of its samples: along dim 0, or whichever dim fits.
 
     Last the whole, for an output that does not depend on the samples (a position embedding).
@@ -235,7 +235,7 @@ def backward_factors(keys: list[Key], observed: Observed, reference: Reference) 
     factors: dict[tuple[int, int], float] = {}
     for key in keys:
         wholes = reference.tensors(key)
-        cells, problem = _cells(key, observed, calls=max(len(wholes), 1))
+        cells, problem = cells_of(key, observed, calls=max(len(wholes), 1))
         if problem or not wholes:
             continue
         for cell in cells:
@@ -248,7 +248,7 @@ def backward_factors(keys: list[Key], observed: Observed, reference: Reference) 
 
 
 def _factor(cell: Cell, whole: Tensor, floor: float, observed: Observed) -> float | None:
-    for expected in _parts(whole, observed.part(cell.records[0].step, cell.data_rank, cell.microbatch)):
+    for expected in parts_of(whole, observed.part(cell.records[0].step, cell.data_rank, cell.microbatch)):
         floor = max(floor, ulp(whole))
         got = cell.tensors[0]
         if got.shape != expected.shape or cell.records[0].piece is not None:

@@ -49,6 +49,23 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     )
 
 
+def combined(key: Key, observed: Observed) -> Tensor | None:
+    """The loss of the whole batch as a sharded run computed it, shape `()`; None where it was not computed."""
+    per_rank: dict[int, Held] = {}
+    for rank, record, tensor in observed.held(key):
+        if tensor is not None:
+            per_rank.setdefault(rank, []).append((record, tensor))
+    if len(per_rank) != observed.parallelism.world_size:
+        return None
+    part = key[3]
+    if part == "logged":
+        values = {rank: wide(entries[0][1]).reshape(()) for rank, entries in per_rank.items()}
+    else:
+        values = _totals(per_rank, observed, part)
+    mean = part not in ("total", "count")
+    return _over_data(values, torch.zeros(()), observed, mean=mean)[0].got
+
+
 def _no_partner(part: str, in_reference: bool) -> str:
     if in_reference and part != "logged":
         return "the loss was not computed through Step.loss"
@@ -57,12 +74,16 @@ def _no_partner(part: str, in_reference: bool) -> str:
 
 def _combined(per_rank: dict[int, Held], want: Tensor, floor: float, observed: Observed, part: str) -> Outcome:
     """Local losses make up the reference's: weighted over micro-batches, averaged (or summed) over data ranks."""
-    totals = {
+    mean = part not in ("total", "count")
+    return judge(_over_data(_totals(per_rank, observed, part), want, observed, mean=mean), floor)
+
+
+def _totals(per_rank: dict[int, Held], observed: Observed, part: str) -> dict[int, Tensor]:
+    """Each rank's loss over its micro-batches."""
+    return {
         rank: torch.stack([_share(rank, record, tensor, observed, part) for record, tensor in entries]).sum()
         for rank, entries in per_rank.items()
     }
-    summed = part in ("total", "count")
-    return judge(_over_data(totals, want, observed, mean=not summed), floor)
 
 
 def _share(rank: int, record: Record, tensor: Tensor, observed: Observed, part: str) -> Tensor:

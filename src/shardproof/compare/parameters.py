@@ -101,9 +101,7 @@ def _judge(present: Sequence[Held], want: Tensor, floor: float, observed: Observ
     by_hand = [h for h in present if h[1].piece is not None and _by_hand(h[1].piece)]
     if by_hand:
         return _judge_by_hand(by_hand, want, floor, observed)
-    pairs = [
-        Pair(rank=rank, got=tensor, want=piece.take(want), piece=piece) for rank, piece, tensor in _summed(present)
-    ]
+    pairs = [Pair(rank=rank, got=tensor, want=piece.take(want), piece=piece) for rank, piece, tensor in summed(present)]
     return judge(pairs, floor), describe([(rank, r.piece) for rank, r, _ in present if r.piece], observed), ""
 
 
@@ -111,8 +109,8 @@ def _by_hand(piece: Piece) -> bool:
     return not piece.declared and piece.shape != piece.whole
 
 
-def _summed(present: Sequence[Held]) -> list[tuple[int, Piece, Tensor]]:
-    """Pieces with pending sums carried out, as whoever uses the tensor next would."""
+def summed(present: Sequence[Held]) -> list[tuple[int, Piece, Tensor]]:
+    """(rank, piece, tensor) with pending sums carried out, as whoever uses the tensor next would."""
     tensors = {rank: tensor for rank, _, tensor in present if tensor is not None}
     done = []
     for rank, record, tensor in present:

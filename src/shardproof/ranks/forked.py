@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shardproof.errors import RankHung, UsageError
 from shardproof.ranks.blame import cause
 from shardproof.ranks.heard import Heard
-from shardproof.ranks.noise import NATIVE_LOG
+from shardproof.ranks.noise import NATIVE_LOG, without_noise
 from shardproof.ranks.output import flush, grouped, label
 from shardproof.ranks.place import FOREVER, Place, Rendezvous
 from shardproof.ranks.pool import Ranks
@@ -77,7 +77,7 @@ class ForkedRanks(Ranks):
         return {rank: heard.answers[rank].result for rank in ranks}
 
     def _show(self, processes: Mapping[int, Process], during: str, *, guilty: int | None = None) -> None:
-        lines = {rank: process.output.new_lines() for rank, process in processes.items()}
+        lines = {rank: without_noise(process.output.new_lines()) for rank, process in processes.items()}
         if guilty is not None:
             lines = {rank: text if rank == guilty else _before_the_echo(text) for rank, text in lines.items()}
         for ranks, line in grouped(lines):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 
 WARNINGS = (
     # The axes "dp_replicate" and "dp_shard" flattened are "dp", looked up as mesh["dp"]: our own doing.
@@ -12,6 +13,22 @@ WARNINGS = (
     "FSDP2-wrapped module (",
 )
 """How the messages begin, word for word."""
+
+
+LOGGED = re.compile(
+    r"^\[rank\d+\]:\[?[WE]\d{3,} .*("
+    # DDP is told to look for unused parameters, as it would otherwise leave their bucket unreduced in silence.
+    r"reducer\.cpp:\d+\] Warning: find_unused_parameters=True was specified"
+    # DTensor logs the traceback of an exception that it then raises, once a line and rank.
+    r"|torch/_subclasses/fake_tensor\.py:\d+\]"
+    r")"
+)
+"""Lines that torch logs past Python's warnings and that say nothing about the user's code."""
+
+
+def without_noise(lines: Iterable[str]) -> list[str]:
+    """The lines that are not `LOGGED` by torch alone."""
+    return [line for line in lines if not LOGGED.match(line)]
 
 
 def silence() -> None:
