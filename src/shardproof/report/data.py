@@ -25,7 +25,7 @@ class Shown:
     shape: tuple[int, ...]
     """Of the rank's own piece."""
     values: object
-    """The rank's own piece as nested lists of numbers (`tensor.tolist()`)."""
+    """The rank's own piece as nested lists of numbers (`tensor.tolist()`); None where it held none, as no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

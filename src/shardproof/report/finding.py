@@ -83,10 +83,10 @@ def full(run: Run, finding: Finding, reference: str, width: int) -> Iterator[Tex
 
 
 def _where(finding: Finding, compared: Comparison | None) -> str:
-    if compared is None or compared.name != finding.where:
+    if compared is None or finding.where not in (compared.name, f"{compared.name}{compared.part}"):
         return finding.where
-    part = f" [{compared.part}]" if compared.part else ""
-    return f"{finding.where}{part}, shape {_index(compared.shape)}" if compared.shape else f"{finding.where}{part}"
+    named = spelling.with_part(compared.name, compared.part)
+    return f"{named}, shape {_index(compared.shape)}" if compared.shape else named
 
 
 def _who(finding: Finding, run: Run) -> str:
@@ -109,7 +109,8 @@ def _sizes(compared: Comparison, finding: Finding, reference: str, width: int) -
     if compared.samples:
         # Stable, so that the worst elements stay first on each rank.
         shown = sorted(compared.samples[:SAMPLES], key=lambda sample: sample.rank)
-        yield from _side_by_side(shown, reference)
+        # What a rank read is held against the other ranks of its group, not against the reference.
+        yield from _side_by_side(shown, "its peer" if finding.stage == "batch" else reference)
 
 
 def _difference(compared: Comparison) -> str:
@@ -121,9 +122,9 @@ def _difference(compared: Comparison) -> str:
     return f"{error}, where rounding moves {floor}: {spelling.floors(compared.floors)}"
 
 
-def _side_by_side(samples: list[Sample], reference: str) -> Iterator[Text]:
+def _side_by_side(samples: list[Sample], against: str) -> Iterator[Text]:
     digits = spelling.digits_apart((sample.got, sample.want) for sample in samples)
-    rows = [("rank", "index", "got", f"want ({reference})")]
+    rows = [("rank", "index", "got", f"want ({against})")]
     rows += [
         (
             str(sample.rank),

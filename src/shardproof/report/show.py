@@ -19,7 +19,7 @@ MEANING = {
     "initial-state": "parameters and buffers before the first step",
     "batch": "inputs that the rank read",
     "forward": "outputs of modules",
-    "loss": "what the rank's own backward starts from",
+    "loss": "what a step computes and what it would log",
     "backward": "gradients of activations",
     "gradient": "of parameters",
     "grad-norm": "over all parameters, and the clipping",
@@ -30,7 +30,7 @@ MEANING = {
 }
 """The stages in causal order, and what each holds, for a reader who sees the word for the first time.
 
-The order is that of `trace.record.STAGES` (a test holds them together); importing that here would load torch.
+The order is that of `spec.stages.STAGES`; a test holds them together.
 """
 
 
@@ -55,7 +55,7 @@ def view(report: Report, rank: int, width: int) -> Iterator[Text]:
             yield Text()
             yield Text.assemble((f"{spelling.step(step)}, {stage}", "bold"), (meaning, "dim"))
         yield Text()
-        yield from (Text(INDENT + line) for line in wrapped(f"{name} [{part}]" if part else name, width - len(INDENT)))
+        yield from (Text(INDENT + line) for line in wrapped(spelling.with_part(name, part), width - len(INDENT)))
         yield from _pieces(_alike(pieces, len(report.runs)), width)
     yield Text()
 
@@ -110,4 +110,6 @@ def _kind(piece: Shown) -> str:
 
 
 def _values(piece: Shown, width: int) -> list[str]:
+    if piece.values is None:
+        return ["(none)"]
     return values.lines(piece.values, piece.shape, width) if math.prod(piece.shape) else ["(no part of it)"]

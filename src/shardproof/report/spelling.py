@@ -116,9 +116,16 @@ def shorten(name: str, width: int) -> str:
     return f"{name[:head].rstrip('.')}...{name[-tail:].lstrip('.')}"
 
 
+def with_part(name: str, part: str) -> str:
+    """`batch[0]` for a leaf of a structure, `fc1.weight [exp_avg]` for anything else; the name alone without a part."""
+    if not part:
+        return name
+    return f"{name}{part}" if part.startswith("[") else f"{name} [{part}]"
+
+
 def tensor(stage: str, name: str, part: str = "", room: int = 1000) -> str:
     """`gradient of blocks.0.fc1.weight`: one tensor of a step, its name shortened where `room` is too small."""
-    suffix = f" [{part}]" if part else ""
+    suffix = with_part("", part)
     if name == stage or (name == ROOT and stage in OF_THE_WHOLE):
         return f"{stage}{suffix}"
     lead = f"{stage} of "

@@ -43,6 +43,5 @@ def _distance(comparison: Comparison) -> str:
 
 
 def _what(comparison: Comparison) -> str:
-    part = f" [{comparison.part}]" if comparison.part else ""
     reason = f": {comparison.reason}" if comparison.reason else ""
-    return f"{comparison.name}{part}{reason}"
+    return f"{spelling.with_part(comparison.name, comparison.part)}{reason}"
