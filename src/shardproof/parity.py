@@ -49,7 +49,7 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     Raises `UsageError` for wrong use or a broken experiment, `RankError` where a rank failed, died or hung. Under
     torchrun it returns None on every rank but the first.
     """
-    layouts = _layouts(experiment, strategies, ranks)
+    layouts, left_out = _layouts(experiment, strategies, ranks)
     trust = _trust(experiment, reference, ranks)
     size = max(layout.world_size for layout in (*layouts, *([trust] if trust else [])))
     bad = [rank for rank in show if not 0 <= rank < size]
@@ -66,7 +66,7 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
             shuffle=shuffle,
         )
         session = Session(worker=worker, show=tuple(show), progress=progress or Silent(), trust=trust)
-        pending, runs, left_out = list(layouts), [], []
+        pending, runs = list(layouts), []
         while pending:
             with start(size, worker, timeout_s=timeout_s, device=device) as pool:
                 if not pool.leader:
@@ -106,22 +106,30 @@ def assert_parity(experiment: Experiment, *args: Any, **options: Any) -> None:
 
 def _layouts(
     experiment: Experiment, strategies: Sequence[str | Parallelism] | None, ranks: int
-) -> tuple[Parallelism, ...]:
+) -> tuple[list[Parallelism], list[str]]:
+    """The layouts to check; and, where none were named, why some of those that fit the ranks are left out."""
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise StrategyError(f"ranks={ranks!r}: a number of ranks is a whole number of at least 1")
     if isinstance(strategies, str):
         raise StrategyError(f"strategies={strategies!r} is one text; give a sequence, as ({strategies!r},)")
-    if strategies is None:
-        strategies = fitting(ranks, tp=bool(experiment.tp_plan) or experiment.parallelize is not None)
-        if experiment.batch_size:
-            strategies = [name for name in strategies if not experiment.batch_size % _parts(name, ranks, experiment)]
-    if not strategies:
-        raise StrategyError("no strategy to check; name at least one, as ddp")
-    return tuple(parse(strategy, ranks) for strategy in strategies)
-
-
-def _parts(name: str, ranks: int, experiment: Experiment) -> int:
-    return parse(name, ranks).dp * experiment.microbatches
+    if strategies is not None:
+        layouts = [parse(strategy, ranks) for strategy in strategies]
+        if not layouts:
+            raise StrategyError("no strategy to check; name at least one, as ddp")
+        return layouts, []
+    with_tp = bool(experiment.tp_plan) or experiment.parallelize is not None
+    fit = [parse(name, ranks) for name in fitting(ranks, tp=with_tp)]
+    left_out = [] if with_tp else ["left out: all strategies with tp, as Experiment.tp_plan is empty"]
+    layouts = []
+    for layout in fit:
+        parts = layout.dp * experiment.microbatches
+        if experiment.batches is None and experiment.batch_size % parts:
+            left_out.append(
+                f"left out: {layout.strategy}: batch_size {experiment.batch_size} does not divide into {parts} parts"
+            )
+        else:
+            layouts.append(layout)
+    return layouts, left_out
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -37,6 +37,8 @@ class Fit:
 
     outcome: Outcome
     layout: str
+    of_part: bool = True
+    """Whether it was held against its own part of the batch, and not against the whole for lack of a dim to cut."""
 
 
 def compare(
@@ -68,31 +70,47 @@ def compare(
             return replace(base, reason=reason)
         fits.append(fit)
     result = _merged(base, fits, zero=not any(scale(whole) > 0 for whole in wholes))
-    if stage == "backward" and result.verdict is Verdict.DIFFERENT:
-        # The gradient of an output that does not depend on the samples is a sum over all parts of the batch.
-        summed = _summed_over_parts(cells, wholes, base.floor, factors or {}, observed)
-        if summed is not None:
-            return _merged(base, [summed], zero=False)
+    wrong = [fit for fit in fits if fit.outcome.verdict is Verdict.DIFFERENT]
+    if wrong and not any(fit.of_part for fit in wrong) and _vary(cells):
+        together = _together(cells, wholes, base.floor, factors or {}, observed)
+        if together is not None:
+            return _merged(base, [together], zero=False)
+        return replace(base, reason="a value of its own for each part of the batch, of which the whole has only one")
     return result
 
 
-def _summed_over_parts(
+def _vary(cells: list[Cell]) -> bool:
+    """Whether parts of the batch show different values; where all are alike, the samples have no say in them."""
+    first = cells[0].tensors[0]
+    return any(
+        cell.tensors[0].shape != first.shape or not torch.equal(cell.tensors[0], first)
+        for cell in cells
+        if cell.call == 0
+    )
+
+
+def _together(
     cells: list[Cell],
     wholes: list[Tensor],
     floor: float,
     factors: Mapping[tuple[int, int], float],
     observed: Observed,
 ) -> Fit | None:
-    """The fit of all cells together, where each holds its own part's contribution to one whole gradient."""
+    """The fit of all parts of the batch together: a mean over samples, or a sum such as a shared tensor's gradient."""
     shapes = {tuple(tensor.shape for tensor in cell.tensors) for cell in cells}
     if len(shapes) != 1 or len(wholes) != 1:
         return None
     step = cells[0].records[0].step
-    scaled = [[wide(t) / factors.get((step, cell.microbatch), 1.0) for t in cell.tensors] for cell in cells]
-    together = replace(cells[0], tensors=tuple(torch.stack(parts).sum(0) for parts in zip(*scaled, strict=True)))
-    for fit in _readings(together, wholes[0], floor):
-        if fit.outcome.verdict is not Verdict.DIFFERENT:
-            return replace(fit, layout="partial sums over the parts of the batch")
+    parts = [observed.part(step, cell.data_rank, cell.microbatch) for cell in cells]
+    for name, weights in (
+        ("sums over the parts of the batch", [1 / factors.get((step, cell.microbatch), 1.0) for cell in cells]),
+        ("means over the parts of the batch", [count / total for _, count, total in parts]),
+    ):
+        scaled = [[wide(t) * weight for t in cell.tensors] for cell, weight in zip(cells, weights, strict=True)]
+        tensors = tuple(torch.stack(peers).sum(0) for peers in zip(*scaled, strict=True))
+        for fit in _readings(replace(cells[0], tensors=tensors), wholes[0], floor):
+            if fit.outcome.verdict is not Verdict.DIFFERENT:
+                return replace(fit, layout=name)
     return None
 
 
@@ -159,10 +177,11 @@ def cells_of(key: Key, observed: Observed, *, calls: int) -> tuple[list[Cell], s
 
 def best_fit(cell: Cell, whole: Tensor, floor: float, observed: Observed) -> Fit | None:
     """The reading of a cell that fits its values; the closest one where none does; None where no shape fits."""
-    step = cell.records[0].step
+    part = observed.part(cell.records[0].step, cell.data_rank, cell.microbatch)
     closest: Fit | None = None
-    for expected in parts_of(whole, observed.part(step, cell.data_rank, cell.microbatch)):
-        for fit in _readings(cell, expected, floor):
+    for expected in parts_of(whole, part):
+        for reading in _readings(cell, expected, floor):
+            fit = replace(reading, of_part=part[1] == part[2] or expected.shape != whole.shape)
             if fit.outcome.verdict is not Verdict.DIFFERENT:
                 return fit
             if closest is None or fit.outcome.error < closest.outcome.error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -55,6 +56,9 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
             ranks=tuple(absent),
         )
     present = [(rank, record, tensor) for rank, record, tensor in held if tensor is not None]
+    gap = _gap([record.piece for _, record, _ in held], want.numel())
+    if gap:
+        return replace(base, reason=gap)
     outcome, layout, reason = _judge(present, want, floor, observed)
     result = replace(
         base,
@@ -69,6 +73,17 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     if result.verdict is not Verdict.DIFFERENT and stage in ZERO_HIDES and want.dim() and not scale(want) > 0:
         return replace(result, verdict=Verdict.NOT_CHECKED, reason="all zero in the reference: a wrong scale is hidden")
     return result
+
+
+def _gap(pieces: Sequence[Piece | None], wanted: int) -> str:
+    """Why the pieces shown are not the whole tensor; empty where they are, or where only values can tell."""
+    known = {piece for piece in pieces if piece is not None}
+    if not known:
+        return "its shape is not its parameter's, so that its place in the whole is not known"
+    if any(_by_hand(piece) for piece in known):
+        return ""
+    covered = sum(math.prod(piece.local_shape) for piece in {replace(piece, pending=()) for piece in known})
+    return f"the ranks show {covered} of {wanted} elements" if covered < wanted else ""
 
 
 def _no_partner(observed: bool, key: Key) -> str:

@@ -162,8 +162,11 @@ class Recorder:
                 if isinstance(value, Tensor) and value.dim() > 0 and value.shape == held.leaf.shape:
                     self._add(stage, held.name, held.local(value), part=key, where=held.piece_of(value))
                 elif isinstance(value, int | float | Tensor):
+                    # Of another shape than its parameter (a factored moment): whole only if the parameter is.
                     scalar = torch.as_tensor(value) if not isinstance(value, Tensor) else value
-                    self._add(stage, held.name, scalar, part=key, where=piece.whole(scalar.shape))
+                    whole = scalar.dim() == 0 or held.piece.local_shape == held.piece.whole
+                    where = piece.of_tensor(scalar) if whole or isinstance(scalar, DTensor) else None
+                    self._add(stage, held.name, scalar, part=key, where=where)
 
     def _add(
         self,
