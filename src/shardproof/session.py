@@ -105,6 +105,7 @@ class Session:
             ties={rank: summary.ties for rank, summary in summaries.items()},
             reference_ties=trusted.summary.ties,
             strangers={rank: summary.strangers for rank, summary in summaries.items()},
+            left_behind={rank: summary.left_behind for rank, summary in summaries.items()},
             misread=reads.misread,
             not_applied=check_applied(pieces, collectives, layout),
         )

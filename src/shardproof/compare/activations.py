@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from shardproof.compare.layouts import in_order, rearranged, split_dim
-from shardproof.compare.measure import Outcome, Pair, judge, scale, ulp, wide, within
+from shardproof.compare.measure import Outcome, Pair, judge, largest, scale, ulp, wide, within
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
 from shardproof.trace.record import Record
 
 PARTIAL = "partial sums over tp"
 """Layout of an output whose TP peers only add up to the right value."""
+
+PARTIAL_AND_BIAS = "partial sums over tp, each with a whole bias"
+"""The same where every peer has added the bias: the sum is off by one vector, the same for every token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,12 +212,16 @@ def _readings(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
         yield from _declared(cell, expected, floor)
         return
     if all(tensor.shape == expected.shape for tensor in tensors):
-        yield Fit(outcome=_judge(cell, tensors, [expected] * len(tensors), floor), layout="replicated")
-        if len(tensors) > 1:
-            total = torch.stack([wide(tensor) for tensor in tensors]).sum(0)
-            outcome = _judge(cell, [total] * len(tensors), [expected] * len(tensors), floor)
-            if outcome.verdict is not Verdict.DIFFERENT:
-                yield Fit(outcome=outcome, layout=PARTIAL)
+        apart = _judge(cell, tensors, [expected] * len(tensors), floor)
+        if len(tensors) == 1:
+            yield Fit(outcome=apart, layout="replicated")
+            return
+        total = torch.stack([wide(tensor) for tensor in tensors]).sum(0)
+        biased = apart.verdict is Verdict.DIFFERENT and _one_vector(total - wide(expected), floor * len(tensors))
+        yield Fit(outcome=apart, layout=PARTIAL_AND_BIAS if biased else "replicated")
+        together = _judge(cell, [total] * len(tensors), [expected] * len(tensors), floor)
+        if together.verdict is not Verdict.DIFFERENT:
+            yield Fit(outcome=together, layout=PARTIAL)
         return
     dim = split_dim(tensors, tuple(expected.shape))
     if dim is None:
@@ -223,6 +230,14 @@ def _readings(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
     other = rearranged(tensors, expected, dim, floor)
     if other is not None:
         yield Fit(outcome=_judge(cell, tensors, other, floor), layout=f"tp: rearranged slices of dim {dim}")
+
+
+def _one_vector(extra: Tensor, floor: float) -> bool:
+    """Whether `extra` is one and the same vector for every token, and not zero."""
+    rows = extra.reshape(-1, extra.shape[-1]) if extra.dim() > 1 else extra.new_empty(0, 1)
+    if len(rows) < 2 or within(largest(rows.abs()), floor):
+        return False
+    return within(largest((rows - rows[0]).abs()), floor)
 
 
 def _declared(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:

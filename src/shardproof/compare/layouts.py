@@ -30,7 +30,13 @@ def in_order(pieces: list[Tensor], whole: Tensor, dim: int) -> list[Tensor]:
 
 
 def rearranged(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[Tensor] | None:
-    """What each piece should hold if they are any slices of `whole` along `dim`, each taken exactly once.
+    """What each piece should hold if they are any slices of `whole` along `dim`; see `slices`."""
+    found = slices(pieces, whole, dim, floor)
+    return None if found is None else [whole.index_select(dim, index) for index in found]
+
+
+def slices(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[Tensor] | None:
+    """Which slices of `whole` each piece holds if they are any slices of `whole` along `dim`, each taken exactly once.
 
     Fused blocks (query, key and value in one matrix, gate and up) are cut per block, so that a rank's piece is no
     contiguous slice. Slices are found by a random projection and then held against the whole; None where they do not
@@ -45,15 +51,23 @@ def rearranged(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> l
     # Sorted against sorted: each slice of the whole is used once, and the values then decide whether that is right.
     matched = torch.empty_like(order)
     matched[held.argsort(stable=True)] = order
-    wants, start = [], 0
+    found, start = [], 0
     for piece in pieces:
         index = matched[start : start + piece.shape[dim]]
         start += piece.shape[dim]
         want = whole.index_select(dim, index)
         if not within(largest(distance(piece, want)), floor):
             return None
-        wants.append(want)
-    return wants
+        found.append(index)
+    return found
+
+
+def tells(whole: Tensor, dim: int, floor: float) -> bool:
+    """Whether the slices of `whole` along `dim` differ from each other, so that values can tell which is which."""
+    rows = wide(whole).movedim(dim, 0).reshape(whole.shape[dim], -1)
+    order = _marks(whole, dim, torch.randn(rows.shape[1], generator=_generator(), dtype=torch.float64)).argsort()
+    neighbours = (rows[order[1:]] - rows[order[:-1]]).abs()
+    return not neighbours.numel() or not within(float(neighbours.amax(1).min()), floor)
 
 
 def _marks(tensor: Tensor, dim: int, probe: Tensor) -> Tensor:

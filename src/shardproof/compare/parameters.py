@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shardproof.compare.layouts import in_order, rearranged, split_dim
+from shardproof.compare.layouts import in_order, slices, split_dim, tells
 from shardproof.compare.measure import Outcome, Pair, judge, scale, ulp
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
@@ -150,7 +150,7 @@ def _judge_by_hand(held: Sequence[Held], want: Tensor, floor: float, observed: O
         pieces = [tensors[rank] for rank in peers]
         if not pieces:
             continue
-        declared = observed.placements.get(name, {}).get("tp")
+        declared = observed.declared(name).get("tp")
         dim = declared if declared is not None else split_dim(pieces, tuple(want.shape))
         if dim is None:
             shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
@@ -158,12 +158,18 @@ def _judge_by_hand(held: Sequence[Held], want: Tensor, floor: float, observed: O
             outcome = Outcome(verdict=Verdict.DIFFERENT, error=float("inf"), ranks=tuple(peers), ratio=None, samples=())
             return outcome, "", reason
         wants = in_order(pieces, want, dim)
-        layout = f"tp: slices of dim {dim}"
         plain = judge([Pair(rank=r, got=g, want=w) for r, g, w in zip(peers, pieces, wants, strict=True)], floor)
-        if plain.verdict is Verdict.DIFFERENT and declared is None:
-            other = rearranged(pieces, want, dim, floor)
-            if other is not None:
-                wants, layout = other, f"tp: rearranged slices of dim {dim}"
+        known = observed.found.get((name, data_rank))
+        if known is not None and known[0] == dim:
+            order = known[1]
+        else:
+            wrong = plain.verdict is Verdict.DIFFERENT and declared is None
+            order = slices(pieces, want, dim, floor) if wrong else None
+            if (order is not None or not wrong) and tells(want, dim, floor):
+                observed.found[name, data_rank] = (dim, order)
+        layout = f"tp: slices of dim {dim}" if order is None else f"tp: rearranged slices of dim {dim}"
+        if order is not None:
+            wants = [want.index_select(dim, index) for index in order]
         start = 0
         for rank, piece, expected in zip(peers, pieces, wants, strict=True):
             offset = tuple(start if d == dim else 0 for d in range(want.dim()))

@@ -131,6 +131,8 @@ def _out_of_order(
 def _same_on_data_ranks(
     read: Mapping[int, list[str]], every: Counter[str], left: Counter[str], parallelism: Parallelism, step: int
 ) -> Misread | None:
+    # One rank of a tp group reads for all of it, unless the batch is split over tp.
+    peers = parallelism.world_size // len(read)
     for first in read:
         twins = [rank for rank in read if sorted(read[rank]) == sorted(read[first])]
         if len(twins) > 1 and read[first] and any(every[sample] > left[sample] for sample in read[first]):
@@ -138,7 +140,7 @@ def _same_on_data_ranks(
                 cause="batch-repeated-across-dp",
                 step=step,
                 axis=data_axis(parallelism),
-                ranks=tuple(twins),
+                ranks=tuple(rank + peer for rank in twins for peer in range(peers)),
                 evidence=f"data ranks {', '.join(map(str, twins))} read the very same {len(read[first])} samples at "
                 f"step {step}, more often than the data set holds them",
                 fix='give each data rank its own part of the global batch, by mesh["dp"].get_local_rank()',

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from shardproof.spec.parallelism import Parallelism
+from shardproof.spec.patterns import matches
 from shardproof.spec.stages import STAGES
 from shardproof.trace.file import Trace
 from shardproof.trace.record import Record
@@ -29,8 +30,10 @@ class Reference:
         return max((self.floors.get(number, 0.0) for number in self.trace.by_key.get(key, ())), default=0.0)
 
     def tensors(self, key: Key) -> list[Tensor]:
-        """The whole tensors of a key, one per call of the module."""
-        return [self.trace.tensor(n) for n in self.trace.by_key.get(key, ()) if not self.trace.records[n].missing]
+        """The whole tensors of a key, one per call of the module, in the order of the calls."""
+        # Backward visits calls in reverse; the record knows which call it belongs to.
+        numbers = sorted(self.trace.by_key.get(key, ()), key=lambda number: self.trace.records[number].call)
+        return [self.trace.tensor(n) for n in numbers if not self.trace.records[n].missing]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,15 @@ class Observed:
     """Step -> [data rank][micro-batch] -> samples, 0 for a filler part; empty where they could not be counted."""
 
     placements: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Parameter name -> axis -> dim, where the experiment declares what values cannot tell."""
+    """Parameter name pattern -> axis -> dim, where the experiment declares what values cannot tell."""
+
+    found: dict[tuple[str, int], tuple[int, list[Tensor] | None]] = field(default_factory=dict)
+    """(parameter name, data rank) -> dim and slices that its pieces hold: told by its right initial values, and
+    held to ever after, as a gradient in the wrong place must not tell its own."""
+
+    def declared(self, name: str) -> Mapping[str, int]:
+        """What `placements` says of a parameter: axis -> dim, empty where no pattern matches."""
+        return next((axes for pattern, axes in self.placements.items() if matches(name, pattern)), {})
 
     def held(self, key: Key) -> Iterator[tuple[int, Record, Tensor | None]]:
         """(rank, record, tensor) of every piece of a key, rank by rank, in the order of the calls."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from shardproof.compare.activations import PARTIAL
+from shardproof.compare.activations import PARTIAL, PARTIAL_AND_BIAS
 from shardproof.compare.reads import Misread
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose.factors import axes_of
@@ -50,6 +50,8 @@ class Facts:
     reference_ties: tuple[tuple[str, ...], ...]
     strangers: Mapping[int, tuple[str, ...]]
     """Rank -> what the optimizer holds that is not the model's."""
+    left_behind: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Rank -> trainable parameters that the optimizer does not hold."""
     misread: Misread | None = None
     not_applied: Finding | None = None
 
@@ -119,7 +121,7 @@ def _strangers(facts: Facts) -> Finding | None:
     return Finding(
         cause="optimizer",
         stage="optimizer-state",
-        where="(root)",
+        where=next(iter(facts.left_behind.get(ranks[0], ())), "(root)"),
         axis=None,
         factor=None,
         ranks=ranks,
@@ -138,7 +140,8 @@ def _first_divergence(comparisons: Sequence[Comparison], facts: Facts) -> Findin
     first = wrong[0]
     if first.stage == "backward":
         first = next((c for c in wrong if c.step == first.step and c.stage == "gradient"), first)
-    partial = _unsummed(comparisons, first)
+    biased = first.stage == "forward" and first.layout == PARTIAL_AND_BIAS
+    partial = first if biased else _unsummed(comparisons, first)
     if partial is not None:
         return _not_reduced(partial, first)
     siblings = [c for c in comparisons if (c.step, c.stage) == (first.step, first.stage)]
@@ -205,10 +208,21 @@ def _not_reduced(partial: Comparison, first: Comparison) -> Finding:
         factor=None,
         ranks=first.ranks,
         step=partial.step,
-        evidence=f"the outputs of {partial.name} on the ranks of a tp group only add up to the reference's, and the "
-        f"next tensor ({first.stage} {first.name}) was made from one part: {_sizes(first)}",
+        evidence=_said_of_parts(partial, first),
         fix="sum the output over tp before it is used (all_reduce, or output_layouts=Replicate())",
         comparison=first,
+    )
+
+
+def _said_of_parts(partial: Comparison, first: Comparison) -> str:
+    if partial is first:
+        return (
+            f"the outputs of {first.name} on the ranks of a tp group add up to the reference's, but for one vector "
+            f"that each of them has added (a bias), and nobody summed them: {_sizes(first)}"
+        )
+    return (
+        f"the outputs of {partial.name} on the ranks of a tp group only add up to the reference's, and the next tensor "
+        f"({first.stage} {first.name}) was made from one part: {_sizes(first)}"
     )
 
 

@@ -24,6 +24,7 @@ from shardproof.parallel.piece import Piece
 from shardproof.parallel.seeding import seed_everything
 from shardproof.spec.experiment import Experiment
 from shardproof.spec.parallelism import Parallelism
+from shardproof.spec.patterns import select
 from shardproof.trace.reads import digests
 from shardproof.trace.recorder import Recorder
 from shardproof.train.disturb import Disturbance
@@ -80,6 +81,9 @@ class Summary:
     strangers: tuple[str, ...] = ()
     """What the optimizer holds that is not the model's."""
 
+    left_behind: tuple[str, ...] = ()
+    """Trainable parameters that the optimizer does not hold: rightly so, where it was built over a subset."""
+
     train_s: float = 0.0
     """Wall clock of the steps alone."""
 
@@ -105,6 +109,8 @@ class TracedRun:
         self.dtype = torch.float64 if variant.widened else settings.dtype
         with initial.default_dtype(self.dtype):
             self.shapes = {held.name: tuple(held.leaf.shape) for held in held_parameters(model)}
+            for pattern in experiment.placements or {}:
+                select(self.shapes, pattern, field="placements", kind="parameter")
             laid_out = lay_out(model, experiment, self.mesh, parallelism)
             self.root = _root(laid_out, model, self.shapes)
             self.optimizer = build_optimizer(experiment, laid_out)
@@ -186,6 +192,7 @@ class TracedRun:
             ties=ties(self.root),
             collectives=dict(counted.counts),
             strangers=_strangers(self.optimizer, self.parameters),
+            left_behind=_left_behind(self.optimizer, self.parameters),
             train_s=time.perf_counter() - started,
         )
 
@@ -227,6 +234,11 @@ def _strangers(optimizer: Optimizer, parameters: list[Held]) -> tuple[str, ...]:
         for parameter in group["params"]
         if id(parameter) not in own
     )
+
+
+def _left_behind(optimizer: Optimizer, parameters: list[Held]) -> tuple[str, ...]:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return tuple(held.name for held in parameters if held.leaf.requires_grad and id(held.leaf) not in stepped)
 
 
 def _countable(model: nn.Module) -> bool:

@@ -1,0 +1,40 @@
+# Needs Python 3.11 or later, git and make, and nothing else. Everything it makes lies in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+bin := $(VENV)/bin
+install := $(bin)/python -m pip install --quiet -c constraints.txt
+inputs := pyproject.toml constraints.txt
+
+.PHONY: help check-example test clean
+
+help:
+	@echo "make check-example   install shardproof into $(VENV) and check examples/digits.py on four ranks"
+	@echo "make test            install the tools of its developers as well, and run linters and tests"
+	@echo "make clean           remove $(VENV)"
+
+check-example: $(VENV)/.example-installed
+	$(bin)/shardproof check examples/digits.py --ranks 4
+
+test: $(VENV)/.dev-installed
+	$(bin)/ruff check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+	$(bin)/python -m pytest
+
+clean:
+	rm -rf "$(VENV)"
+
+# A stamp is written last, so that an install that was cut short is done again. One that is older than what it was
+# made from is made again, in the same environment.
+$(VENV)/.example-installed: $(inputs) | $(bin)/python
+	$(install) -e '.[examples]'
+	@touch "$@"
+
+$(VENV)/.dev-installed: $(inputs) | $(bin)/python
+	$(install) -e '.[dev,examples]'
+	@touch "$@"
+
+$(bin)/python:
+	$(PYTHON) -m venv "$(VENV)"
