@@ -159,4 +159,7 @@ def _trust(experiment: Experiment, reference: str | Experiment | Parallelism, ra
 
 
 def _name(experiment: Experiment) -> str:
-    return str(getattr(experiment.model, "__qualname__", None) or type(experiment.model).__name__)
+    name = str(getattr(experiment.model, "__qualname__", None) or type(experiment.model).__name__)
+    code = getattr(experiment.model, "__code__", None)
+    # A lambda says where it stands, as its name says nothing.
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}" if name.endswith("<lambda>") and code else name

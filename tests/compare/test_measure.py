@@ -35,7 +35,8 @@ def pair(got: list[float], want: list[float], rank: int = 0, **where: object) ->
 
 @pytest.mark.parametrize("floor", [0.0, 1.0, 1e300, INF])
 @pytest.mark.parametrize(
-    ("got", "want"), [([NAN], [1.0]), ([1.0], [NAN]), ([NAN], [NAN]), ([1.0, NAN], [1.0, 2.0]), ([NAN, 9.0], [1.0, 2.0])]
+    ("got", "want"),
+    [([NAN], [1.0]), ([1.0], [NAN]), ([NAN], [NAN]), ([1.0, NAN], [1.0, 2.0]), ([NAN, 9.0], [1.0, 2.0])],
 )
 def test_nan_never_passes(got: list[float], want: list[float], floor: float) -> None:
     outcome = judge([pair(got, want)], floor)
@@ -103,7 +104,13 @@ def test_a_ratio_is_constant_over_all_ranks_or_there_is_none() -> None:
 
 @pytest.mark.parametrize(
     ("got", "want"),
-    [([0.0, 0.0], [1.0, 2.0]), ([1.0, 2.0], [0.0, 0.0]), ([NAN, 2.0], [1.0, 1.0]), ([INF, 2.0], [1.0, 1.0]), ([1.0], [1.0])],
+    [
+        ([0.0, 0.0], [1.0, 2.0]),
+        ([1.0, 2.0], [0.0, 0.0]),
+        ([NAN, 2.0], [1.0, 1.0]),
+        ([INF, 2.0], [1.0, 1.0]),
+        ([1.0], [1.0]),
+    ],
 )
 def test_zero_one_and_what_is_not_finite_are_no_ratio(got: list[float], want: list[float]) -> None:
     assert constant_ratio([pair(got, want)], 1e-12) is None

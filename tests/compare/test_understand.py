@@ -112,6 +112,9 @@ def test_a_sampler_that_fills_its_last_batch_with_samples_of_its_own_epoch_is_ri
     letters = "abcdefghij"
     reads = [f"{letters[r]}|{letters[4 + r]}|{'ijab'[r]}|{letters[r]}|{letters[4 + r]}" for r in range(4)]
     assert read(*reads, layout=Parallelism(dp_replicate=4), data=Counter(letters)).misread is None
+    # The same with two micro-batches a step, so that the fill and the next epoch's start fall into one step.
+    reads = [f"{letters[r]} {letters[4 + r]}|{'iabc'[r]} {letters[r]}|{letters[4 + r]} {'iabc'[r]}" for r in range(4)]
+    assert read(*reads, layout=Parallelism(dp_replicate=4), data=Counter("abcdefghi")).misread is None
 
 
 def test_content_that_the_data_set_holds_twice_may_be_read_twice() -> None:

@@ -19,7 +19,14 @@ CASES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.in
 
 
 def made(
-    *, data_ranks: int, microbatches: int, each: int, extra: int, shuffle: bool = False, seed: int = 0, **changes: object
+    *,
+    data_ranks: int,
+    microbatches: int,
+    each: int,
+    extra: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    **changes: object,
 ) -> GlobalBatches:
     """`each` samples a part, `extra` samples beyond the first batch."""
     size = data_ranks * microbatches * each

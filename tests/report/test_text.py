@@ -135,7 +135,7 @@ def test_a_note_on_two_runs_is_said_once(parity: Report):
 def test_a_run_in_which_nothing_was_compared_is_no_parity(parity: Report):
     empty = replace(parity, runs=(replace(parity.runs[0], comparisons=()),))
     assert "parity" not in text.plain(empty)
-    assert text.plain(empty).splitlines()[-1] == "UNPROVEN: nothing could be compared in ddp"
+    assert text.plain(empty).splitlines()[-1] == "UNPROVEN: no gradient or updated weight of ddp could be compared"
 
 
 def test_a_report_without_runs_is_no_parity(parity: Report):

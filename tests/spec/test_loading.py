@@ -44,7 +44,7 @@ def test_without_a_name_the_one_called_experiment_or_the_only_one_is_taken(folde
 
 def test_of_several_one_has_to_be_named(folder: Path) -> None:
     file = write(folder / "one_d.py", first=8, second=4)
-    with pytest.raises(ExperimentError, match="2 Experiments; name one, as .*one_d.py:first"):
+    with pytest.raises(ExperimentError, match=r"2 Experiments; name one, as .*one_d\.py:first"):
         load(str(file))
 
 
@@ -97,7 +97,7 @@ def test_dataclasses_and_pickle_work_in_the_file(folder: Path) -> None:
 def test_a_file_that_failed_once_can_be_loaded_once_it_is_mended(folder: Path) -> None:
     file = folder / "one_i.py"
     file.write_text("raise ValueError('not yet')\n")
-    with pytest.raises(ExperimentError, match="one_i.py:1: ValueError: not yet"):
+    with pytest.raises(ExperimentError, match=r"one_i\.py:1: ValueError: not yet"):
         load(str(file))
     assert isinstance(load(str(write(file, experiment=8))), Experiment)
 

@@ -129,7 +129,8 @@ class OnRanks:
         with place.world("replicated", 4):
             mesh, _ = meshes.build(LAYOUTS["tp"], "cpu")
             model = nn.Linear(2, 2, bias=False, dtype=torch.float64)
-            whole = DTensor.from_local(torch.ones(2, 2, dtype=torch.float64), mesh["tp"], (Replicate(),), run_check=False)
+            ones = torch.ones(2, 2, dtype=torch.float64)
+            whole = DTensor.from_local(ones, mesh["tp"], (Replicate(),), run_check=False)
             model.weight = nn.Parameter(whole)
             model.weight.grad = whole
             return total_norm(list(held_parameters(model)), mesh).item()

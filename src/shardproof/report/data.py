@@ -67,6 +67,15 @@ class Run:
         return not self.findings and not verdicts[Verdict.DIFFERENT] and agree > 0
 
     @property
+    def proven(self) -> bool:
+        """Whether the run is `ok` and gradients or updated weights were among what was compared.
+
+        With dropout under data parallelism, for instance, everything behind the first draw is `not-checked`.
+        """
+        trained = (c for c in self.comparisons if c.stage in ("gradient", "update"))
+        return self.ok and any(c.verdict in (Verdict.EQUAL, Verdict.ROUNDING) for c in trained)
+
+    @property
     def verdicts(self) -> dict[str, int]:
         """How many tensors got each verdict; all four are always there."""
         counted = Counter(comparison.verdict for comparison in self.comparisons)
@@ -109,6 +118,11 @@ class Report:
     def ok(self) -> bool:
         """Whether every strategy computes the same training as the reference."""
         return bool(self.runs) and all(run.ok for run in self.runs)
+
+    @property
+    def proven(self) -> bool:
+        """Whether every strategy is `ok`, and each by gradients or updated weights that were compared."""
+        return bool(self.runs) and all(run.proven for run in self.runs)
 
     @property
     def first(self) -> Finding | None:

@@ -32,6 +32,7 @@ def to_dict(report: Report) -> dict[str, object]:
     return {
         "schema_version": SCHEMA_VERSION,
         "ok": report.ok,
+        "proven": report.proven,
         "experiment": report.experiment,
         "reference": report.reference,
         "ranks": report.ranks,
@@ -49,6 +50,7 @@ def _run(run: Run) -> dict[str, object]:
     return {
         "strategy": run.strategy,
         "ok": run.ok,
+        "proven": run.proven,
         "degrees": _plain(run.degrees),
         "verdicts": run.verdicts,
         "not_checked": run.not_checked,

@@ -28,7 +28,7 @@ def word(run: Run) -> tuple[str, str]:
     """The verdict on a run in one word, and its style."""
     if run.findings or run.verdicts[Verdict.DIFFERENT]:
         return "DIVERGES", "bold red"
-    if not (run.verdicts[Verdict.EQUAL] or run.verdicts[Verdict.ROUNDING]):
+    if not run.proven:
         # Never a pass for what was not looked at.
         return "UNPROVEN", "bold yellow"
     return "parity", "green"

@@ -57,7 +57,8 @@ def conclusion(report: Report, width: int = WIDTH) -> Text:
         return Text(_diverges([run.strategy for run, _ in diverging], diverging[0][1], width), "bold red")
     unproven = [run.strategy for run in report.runs if word(run)[0] != "parity"]
     if unproven or not report.runs:
-        return Text(f"UNPROVEN: nothing could be compared in {', '.join(unproven) or 'any run'}", "bold yellow")
+        who = ", ".join(unproven) or "any run"
+        return Text(f"UNPROVEN: no gradient or updated weight of {who} could be compared", "bold yellow")
     if len(report.runs) == 1:
         who = f"{report.runs[0].strategy} computes"
     else:
