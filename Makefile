@@ -19,6 +19,7 @@ check-example: $(VENV)/.example-installed
 
 test: $(VENV)/.dev-installed
 	$(bin)/ruff check .
+	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/lint-imports
 	$(bin)/python -m pytest

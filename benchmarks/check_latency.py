@@ -105,8 +105,10 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, object]:
 
 def show(found: dict[str, object], seconds: dict[str, list[float]]) -> None:
     """The table."""
-    print(f"torch {found['torch']}, Python {found['python']}, {found['cpus']} CPUs, OMP_NUM_THREADS=1, "
-          f"{found['repetitions']} repetitions")
+    print(
+        f"torch {found['torch']}, Python {found['python']}, {found['cpus']} CPUs, OMP_NUM_THREADS=1, "
+        f"{found['repetitions']} repetitions"
+    )
     print(f"{'':10} {'median':>8} {'least':>8} {'most':>8}")
     for name, values in seconds.items():
         print(f"{name:10} {statistics.median(values):7.2f}s {min(values):7.2f}s {max(values):7.2f}s")

@@ -137,14 +137,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.repetitions < 1:
         parser.error(f"--repetitions {options.repetitions}: give at least 1")
     found = {layout.strategy: measure(layout, options.repetitions) for layout in LAYOUTS}
-    print(f"torch {version('torch')}, Python {platform.python_version()}, {os.cpu_count()} CPUs, OMP_NUM_THREADS=1, "
-          f"{options.repetitions} pairs of steps")
+    print(
+        f"torch {version('torch')}, Python {platform.python_version()}, {os.cpu_count()} CPUs, OMP_NUM_THREADS=1, "
+        f"{options.repetitions} pairs of steps"
+    )
     print(f"{'':8} {'ranks':>5} {'watched':>9} {'bare':>9} {'ratio':>6} {'middle half':>13} {'writing':>9}")
     for layout in LAYOUTS:
         row = found[layout.strategy]
         low, high = row["quartiles"]
-        print(f"{layout.strategy:8} {layout.world_size:5} {row['watched_s'] * 1e3:7.1f}ms {row['bare_s'] * 1e3:7.1f}ms "
-              f"{row['ratio']:6.2f} {low:6.2f}-{high:.2f} {row['save_s'] * 1e3:7.1f}ms")
+        print(
+            f"{layout.strategy:8} {layout.world_size:5} {row['watched_s'] * 1e3:7.1f}ms {row['bare_s'] * 1e3:7.1f}ms "
+            f"{row['ratio']:6.2f} {low:6.2f}-{high:.2f} {row['save_s'] * 1e3:7.1f}ms"
+        )
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

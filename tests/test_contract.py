@@ -308,8 +308,13 @@ def test_part_r_times_m_plus_m_is_what_rank_r_reads_as_its_micro_batch_m() -> No
     """Order: the global batch is cut into dp parts in order, each part into micro-batches in order."""
     numbers = torch.arange(48.0).reshape(48, 1)
     experiment = replace(
-        BASE, model=lambda: nn.Linear(1, 1), data=numbers, loss=lambda m, b: m(b / 48).square().mean(), batch_size=12,
-        microbatches=2, fsdp_units=(),
+        BASE,
+        model=lambda: nn.Linear(1, 1),
+        data=numbers,
+        loss=lambda m, b: m(b / 48).square().mean(),
+        batch_size=12,
+        microbatches=2,
+        fsdp_units=(),
     )
     report = agrees(sp.check(experiment, ("ddp",), 3, show=(0, 1, 2)))
     for rank, shown in report.runs[0].shown.items():
@@ -470,9 +475,7 @@ def test_a_batch_split_over_tp_is_right_where_the_loss_is_divided_by_tp() -> Non
         step.optimizer.step()
         return loss.item()
 
-    report = checked(
-        "tp_fsdp", ranks=4, batch_size=4, batches=one_sample_each, tp_plan=SPLIT_PLAN, train_step=step
-    )
+    report = checked("tp_fsdp", ranks=4, batch_size=4, batches=one_sample_each, tp_plan=SPLIT_PLAN, train_step=step)
     assert report.first is None, str(report)
     assert report.ok
 
@@ -486,9 +489,7 @@ def collectives(strategy: str, microbatches: int, collective: str, **changes: An
 
 @pytest.mark.parametrize("parallelize", [None, by_hand], ids=["ours", "by hand"])
 @pytest.mark.parametrize(("strategy", "collective"), [("ddp", "allreduce"), ("fsdp", "reduce_scatter_base")])
-def test_gradients_are_reduced_in_the_last_micro_batch_only(
-    strategy: str, collective: str, parallelize: Any
-) -> None:
+def test_gradients_are_reduced_in_the_last_micro_batch_only(strategy: str, collective: str, parallelize: Any) -> None:
     """What `parallelize` owes: our step turns the synchronisation of DDP and FSDP off for earlier micro-batches."""
     once = collectives(strategy, 1, collective, parallelize=parallelize)
     assert once > 0
@@ -1319,7 +1320,12 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(
         [sys.executable, "-W", "error", *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 

@@ -156,9 +156,7 @@ class Columns(nn.Module):
         rank, size = mesh.get_local_rank(), mesh.size()
 
         def own(tensor: Tensor) -> nn.Parameter:
-            return nn.Parameter(
-                torch.cat([block.chunk(size)[rank] for block in tensor.detach().chunk(blocks)]).clone()
-            )
+            return nn.Parameter(torch.cat([block.chunk(size)[rank] for block in tensor.detach().chunk(blocks)]).clone())
 
         self.weight, self.bias = own(whole.weight), own(whole.bias)
 

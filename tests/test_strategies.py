@@ -406,9 +406,7 @@ def test_a_checkpoint_wrapper_leaves_names_as_they_are(reentrant: bool):
 
 @pytest.mark.parametrize("optimizer", [sgd, several_groups])
 def test_clipping_that_bites_is_the_same_everywhere(optimizer: Callable[..., Any]):
-    report = sp.check(
-        replace(PLAIN, max_grad_norm=0.01, optimizer=optimizer), strategies=MOST, show=(0,), steps=2
-    )
+    report = sp.check(replace(PLAIN, max_grad_norm=0.01, optimizer=optimizer), strategies=MOST, show=(0,), steps=2)
     assert report.ok, str(report)
     for run in report.runs:
         assert not run.not_checked

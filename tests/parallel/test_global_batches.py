@@ -82,9 +82,7 @@ def test_equal_parts_weigh_one_over_the_micro_batches(case: tuple[int, int, int,
 def test_the_order_does_not_depend_on_the_layout(case: tuple[int, int, int, int, bool]) -> None:
     data_ranks, microbatches, each, extra, shuffle = case
     batches = made(data_ranks=data_ranks, microbatches=microbatches, each=each, extra=extra, shuffle=shuffle)
-    alone = made(
-        data_ranks=1, microbatches=1, each=data_ranks * microbatches * each, extra=extra, shuffle=shuffle
-    )
+    alone = made(data_ranks=1, microbatches=1, each=data_ranks * microbatches * each, extra=extra, shuffle=shuffle)
     assert [batches.indices(step) for step in range(7)] == [alone.indices(step) for step in range(7)]
 
 

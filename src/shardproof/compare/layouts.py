@@ -72,7 +72,7 @@ def tells(whole: Tensor, dim: int, floor: float) -> bool:
 
 def _marks(tensor: Tensor, dim: int, probe: Tensor) -> Tensor:
     """One number per slice along `dim`."""
-    return wide(tensor).movedim(dim, 0).reshape(tensor.shape[dim], -1) @ probe
+    return wide(tensor).movedim(dim, 0).reshape(tensor.shape[dim], probe.numel()) @ probe
 
 
 def _generator() -> torch.Generator:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 from shardproof.spec.parallelism import Parallelism
 
@@ -105,27 +107,36 @@ def _out_of_order(
 ) -> Misread | None:
     if data is None:
         return None
-    left = data.copy()
+    # What the epoch may still hold. Several readings stay open where one epoch passes into the next: a loader may drop
+    # what is left, go on into the next epoch, or fill its batch up with samples of the same one (DistributedSampler).
+    epochs = [data.copy()]
     for step in range(len(ranks[0])):
         read = {rank: [s for part in ranks[rank][step] for s in part] for group in readers for rank in group}
         every = Counter(sample for samples in read.values() for sample in samples)
         if any(sample not in data for sample in every):
             return None  # transformed on the way, so content cannot be traced back
-        twins = _same_on_data_ranks(read, every, left, parallelism, step)
+        most: Counter[str] = reduce(or_, epochs)
+        twins = _same_on_data_ranks(read, every, most, parallelism, step)
         if twins is not None:
             return twins
-        again = every - left
-        if again:
-            unread = left.total() - (every & left).total()
-            if unread >= every.total():
-                return _read_twice(again, read, unread, step)
-            left = data.copy()
-            if every - left:
-                return _read_twice(every - left, read, unread, step)
-        left -= every
-        if not left:
-            left = data.copy()
+        after = [state for left in epochs for state in _after(every, left, data, filled=len(read) - 1)]
+        if not after:
+            return _read_twice(every - most, read, (most - every).total(), step)
+        epochs = [state for number, state in enumerate(after) if state not in after[:number]]
     return None
+
+
+def _after(every: Counter[str], left: Counter[str], data: Counter[str], *, filled: int) -> list[Counter[str]]:
+    """What may be left of the epoch once `every` was read from `left`; empty where that is not in order.
+
+    `filled` is how many samples a sampler may repeat so that all ranks get equally many.
+    """
+    if every <= left:
+        return [(left - every) or data.copy()]
+    # While there is a whole batch left, nothing may be read again.
+    if left.total() >= every.total() or (every - left - data).total() > filled:
+        return []
+    return [data - every, data - (every - left), data.copy()]
 
 
 def _same_on_data_ranks(

@@ -33,8 +33,9 @@ def dataset_of(experiment: Experiment) -> Any:
     Raises `ExperimentError` where it is none, or holds less than one batch.
     """
     data = experiment.data
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        data = data() if callable(data) else data
+    # A class has these methods too, but it is called to make the data set.
+    if callable(data) and (isinstance(data, type) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__"))):
+        data = data()
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise ExperimentError(
             f"Experiment.data is a {type(data).__name__} without len() and [i]; "

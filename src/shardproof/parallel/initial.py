@@ -30,6 +30,11 @@ def build(experiment: Experiment, dtype: torch.dtype, device: torch.device) -> n
     Raises `ExperimentError` where what it returns is no model, or has nothing to train.
     """
     seed_everything(experiment.seed)
+    if isinstance(experiment.model, nn.Module):
+        raise ExperimentError(
+            f"Experiment.model is a {type(experiment.model).__name__} that is already built; "
+            "pass a function that builds one, so that every run starts from the same weights"
+        )
     model = experiment.model()
     if not isinstance(model, nn.Module):
         raise ExperimentError(f"Experiment.model returned {type(model).__name__}; it must return an nn.Module")

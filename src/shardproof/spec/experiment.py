@@ -91,9 +91,29 @@ class Experiment:
                 raise ExperimentError(f"Experiment.{name} is {value!r}; it must be a whole number of at least 1")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ExperimentError(f"Experiment.seed is {self.seed!r}; it must be a whole number of at least 0")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+        if not (self.max_grad_norm is None or _is_above_zero(self.max_grad_norm)):
             raise ExperimentError(f"Experiment.max_grad_norm is {self.max_grad_norm!r}; it must be above 0, or None")
+        self._refuse_bad_patterns()
+
+    def _refuse_bad_patterns(self) -> None:
+        # None says the same as nothing: no plan, no units.
+        for name, nothing in (("tp_plan", {}), ("fsdp_units", ())):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, nothing)
         if isinstance(self.fsdp_units, str):
             raise ExperimentError(
                 f"Experiment.fsdp_units is the text {self.fsdp_units!r}; write the tuple ({self.fsdp_units!r},)"
             )
+        units = self.fsdp_units
+        if not isinstance(units, tuple | list) or not all(isinstance(unit, str) for unit in units):
+            raise ExperimentError(f"Experiment.fsdp_units is {units!r}; it must be a tuple of name patterns")
+        if not isinstance(self.tp_plan, Mapping):
+            raise ExperimentError(f"Experiment.tp_plan is {self.tp_plan!r}; it must map name patterns to styles")
+        if self.placements is not None and not isinstance(self.placements, Mapping):
+            raise ExperimentError(
+                f"Experiment.placements is {self.placements!r}; it must be {{name pattern: {{axis: dim}}}}, or None"
+            )
+
+
+def _is_above_zero(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

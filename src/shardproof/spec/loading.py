@@ -27,6 +27,8 @@ def load(target: str) -> Experiment:
     # A Windows drive or a plain path has no name behind its colon.
     if not place or name.endswith(".py") or "/" in name or "\\" in name:
         place, name = target, ""
+    if not place:
+        raise ExperimentError(f"{target!r} names nothing; write path/to/file.py[:name] or package.module:name")
     module = _from_file(Path(place)) if place.endswith(".py") or "/" in place else _from_module(place)
     return _pick(module, name, target)
 

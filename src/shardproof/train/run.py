@@ -155,6 +155,11 @@ class TracedRun:
                 parts = list(islice(batches.of_rank(self.data_rank), needed))
             else:
                 given: Iterable[Any] = experiment.batches(dataset_of(experiment), self.mesh, self.parallelism)
+                if not isinstance(given, Iterable):
+                    raise ExperimentError(
+                        f"Experiment.batches returned {type(given).__name__}; "
+                        "it must return an iterable of this rank's batches, or yield them"
+                    )
                 parts = [Microbatch(batch, 1 / per_step) for batch in islice(given, needed)]
         if len(parts) < needed:
             raise ExperimentError(
