@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from shardproof.compare.measure import Outcome, Pair, judge, largest, scale, ulp
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
 from shardproof.trace.record import Record
+
+LARGEST_DIVISOR = 1024
+"""Of the simple fractions that a factor on activation gradients is tried as: counts of ranks and micro-batches."""
 
 PARTIAL = "partial sums over tp"
 """Layout of an output whose TP peers only add up to the right value."""
@@ -290,8 +295,12 @@ def _factor(cell: Cell, whole: Tensor, floor: float, observed: Observed) -> floa
         square = float((wide(expected) ** 2).sum())
         if not square > 0:
             continue
-        factor = float((wide(got) * wide(expected)).sum()) / square
-        residual = float((wide(got) - factor * wide(expected)).abs().max())
-        if factor and within(residual, floor * abs(factor)):
-            return factor
+        fitted = float((wide(got) * wide(expected)).sum()) / square
+        if not math.isfinite(fitted):
+            continue
+        # Factors are made of counts. A fitted one carries the rounding of a long sum, the simple one near it does not.
+        for factor in (float(Fraction(fitted).limit_denominator(LARGEST_DIVISOR)), fitted):
+            residual = float((wide(got) - factor * wide(expected)).abs().max())
+            if factor and within(residual, floor * abs(factor)):
+                return factor
     return None
