@@ -35,6 +35,11 @@ class Trusted:
     floors: Mapping[int, float]
     """Number of a record -> how far rounding alone moves its tensor."""
 
+    @property
+    def by_parts(self) -> bool:
+        """Whether it was fed the parts of each batch one after the other, as they do not join into one."""
+        return any(len(step) > 1 for step in self.summary.reads)
+
 
 @dataclass
 class Session:
@@ -93,6 +98,7 @@ class Session:
             trusted.floors,
             observed,
             unclipped,
+            self._parts(layout, reads) if trusted.by_parts else (),
             ranks=[0],
             during=f"the comparison of {layout.strategy}",
         )[0]
@@ -158,6 +164,11 @@ class Session:
         summaries = self._train("trusted", layout, Variant())
         reads = self._understood(summaries, layout)
         single = self._reference_for("trusted", reads)
+        if single.by_parts:
+            raise StrategyError(
+                f"reference {layout.strategy}: batches whose parts have shapes that do not join into one cannot be "
+                "assembled; use the reference 'single'"
+            )
         whole, during = "trusted-whole", f"assembling {layout.strategy}"
         observed = self._observed(layout, reads)
         self.ranks.call("assemble", "trusted", single.name, whole, observed, ranks=[0], during=during)
@@ -188,9 +199,19 @@ class Session:
             for number, moved in found.items():
                 floors[number] = max(floors.get(number, 0.0), moved)
         trusted = Trusted(name=name, summary=summary, floors=floors)
-        own = understand([summary.reads], Parallelism(), may_split=False, data=None)
-        self._trusted[digest_of(own)] = trusted
+        if not trusted.by_parts:
+            # Another run that read the same samples can use it; parts are cut anew under every layout.
+            own = understand([summary.reads], Parallelism(), may_split=False, data=None)
+            self._trusted[digest_of(own)] = trusted
         return trusted
+
+    def _parts(self, layout: Parallelism, reads: Reads) -> tuple[tuple[tuple[int, int], ...], ...]:
+        if reads.split_over_tp:
+            raise StrategyError(
+                f"{layout.strategy}: the batch is split over tp, and its parts have shapes that do not join into one "
+                "batch; pad all samples to one length for the check"
+            )
+        return tuple(tuple((rank // layout.tp, m) for rank, m in step) for step in reads.sources)
 
     def _unclipped(self, name: str, layout: Parallelism) -> str | None:
         """Run a user's own clipping step once more with an unreachable limit, to see its gradients before clipping."""

@@ -111,19 +111,26 @@ class Worker:
         """
         floors: dict[int, float] = {}
         reference = Trace(self.trace(name, 0))
+        numbers = {(record.key, record.call): number for number, record in enumerate(reference.records)}
         for variant in variants[ranks.index(place.rank) :: len(ranks)]:
             with place.world(f"{name}-draw", 1):
                 run = self._single(place, variant)
                 run.train(self._global_batches(place, replay))
-            for index, (record, tensor) in enumerate(run.recorder.entries):
-                if tensor is None or record.missing or reference.records[index].missing:
+            for record, tensor in run.recorder.entries:
+                # Found by key: where values decide which module runs (routing), a draw may show more or fewer tensors.
+                number = numbers.get((record.key, record.call))
+                if tensor is None or number is None or reference.records[number].missing:
                     continue
-                value = tensor.cpu()
+                value, want = tensor.cpu(), reference.tensor(number)
+                if value.shape != want.shape:
+                    continue
                 if record.stage == "backward":
                     value = value / run.template.loss_scale
-                moved = largest(distance(value, reference.tensor(index)))
+                moved = largest(distance(value, want))
                 # A draw that runs into NaN says nothing about rounding.
-                floors[index] = max(floors.get(index, 0.0), moved if math.isfinite(moved) else 0.0)
+                floors[number] = max(floors.get(number, 0.0), moved if math.isfinite(moved) else 0.0)
+            # Before the next is built: a recorded run holds every tensor of every step.
+            del run
         return floors
 
     def content(self, place: Place) -> Counter[str] | None:
@@ -148,13 +155,15 @@ class Worker:
         floors: Mapping[int, float],
         observed: Observed,
         unclipped: str | None,
+        parts: Sequence[Sequence[tuple[int, int]]],
     ) -> list[Comparison]:
         """Hold a run's traces (`observed.ranks` is filled in here) against the reference's.
 
-        `unclipped` names the run that shows a user's gradients of the first step before his own clipping.
+        `unclipped` names the run that shows a user's gradients of the first step before his own clipping; `parts` is
+        `Reference.parts`.
         """
         del place
-        reference = Reference(trace=Trace(self.trace(trusted, 0)), floors=floors)
+        reference = Reference(trace=Trace(self.trace(trusted, 0)), floors=floors, parts=parts)
         found = compare_run(replace(observed, ranks=self._traces(name, observed)), reference)
         if unclipped is not None:
             again = compare_run(replace(observed, ranks=self._traces(unclipped, observed)), reference)
@@ -216,14 +225,23 @@ class Worker:
             if rank not in read:
                 # Written a moment ago by our own ranks, with whatever types the user's batches have.
                 read[rank] = torch.load(self._batches(replay.name, rank), weights_only=False)
-        return [
-            [Microbatch(_joined([read[rank][step][m] for rank, m in sources], step), 1.0)]
-            for step, sources in enumerate(replay.sources)
-        ]
+        given = [[read[rank][step][m] for rank, m in sources] for step, sources in enumerate(replay.sources)]
+        joined = [_joined(own, step) for step, own in enumerate(given)]
+        if all(batch is not None for batch in joined):
+            return [[Microbatch(batch, 1.0)] for batch in joined]
+        # Padded to lengths of their own, they are fed to the one device as they are, one after the other.
+        return [[Microbatch(part, len(digests(part)) / _samples(own)) for part in own] for own in given]
 
 
-def _joined(parts: list[Batch], step: int) -> Batch:
-    """One batch out of several, along the first dim. Raises `ExperimentError` where they do not fit together."""
+def _samples(parts: Sequence[Batch]) -> int:
+    return sum(len(digests(part)) for part in parts)
+
+
+def _joined(parts: list[Batch], step: int) -> Batch | None:
+    """One batch out of several, along the first dim; None where their shapes do not allow it.
+
+    Raises `ExperimentError` where they are not built alike.
+    """
     flat = [tree_flatten(part) for part in parts]
     if any(spec != flat[0][1] for _, spec in flat):
         raise ExperimentError(f"Experiment.batches: the batches of step {step} are not built alike on all ranks")
@@ -233,11 +251,7 @@ def _joined(parts: list[Batch], step: int) -> Batch:
             joined.append(leaves[0])
             continue
         if len({leaf.shape[1:] for leaf in leaves}) > 1 or not all(leaf.dim() for leaf in leaves):
-            shapes = ", ".join(sorted({str(tuple(leaf.shape)) for leaf in leaves}))
-            raise ExperimentError(
-                f"Experiment.batches: the batches of step {step} have shapes {shapes}, which do not join into one "
-                "global batch; pad all samples to one length (and mask: sp.LossSum) for the check"
-            )
+            return None
         joined.append(torch.cat(list(leaves)))
     return tree_unflatten(joined, flat[0][1])
 

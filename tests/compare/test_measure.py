@@ -75,6 +75,8 @@ def test_negative_zero_and_empty_tensors_are_equal() -> None:
 def test_whole_numbers_and_booleans_are_compared() -> None:
     whole = Pair(rank=0, got=torch.tensor([2, 3]), want=torch.tensor([2, 4]))
     assert judge([whole], 0.0).verdict is Verdict.DIFFERENT
+    large = Pair(rank=0, got=torch.tensor([2**60 + 1]), want=torch.tensor([2**60 + 2]))
+    assert judge([large], 0.0).verdict is Verdict.DIFFERENT
     flags = Pair(rank=0, got=torch.tensor([True]), want=torch.tensor([True]))
     assert judge([flags], 0.0).verdict is Verdict.EQUAL
 

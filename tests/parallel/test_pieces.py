@@ -120,7 +120,9 @@ def test_a_strided_shard_cuts_what_tp_has_already_cut(ranks: Ranks, style: str, 
 
 def test_a_partial_sum_names_the_ranks_that_have_to_be_added(ranks: Ranks) -> None:
     found = {rank: piece for rank, (piece, _) in ranks.call("partial").items()}
-    assert [found[rank].pending for rank in range(4)] == [((0, 1),), ((0, 1),), ((2, 3),), ((2, 3),)]
+    assert [found[rank].pending for rank in range(4)] == [
+        ((("sum", group)),) for group in ((0, 1), (0, 1), (2, 3), (2, 3))
+    ]
     assert [found[rank].offset for rank in range(4)] == [(0, 0), (0, 0), (2, 0), (2, 0)]
 
 

@@ -18,7 +18,14 @@ FULL = Record(
     name="blocks.0.fc1.weight",
     part="exp_avg",
     call=3,
-    piece=Piece(whole=(4, 2), offset=(2, 0), shape=(2, 2), stretch=(1, 3), pending=((0, 1), (2, 3)), declared=False),
+    piece=Piece(
+        whole=(4, 2),
+        offset=(2, 0),
+        shape=(2, 2),
+        stretch=(1, 3),
+        pending=(("sum", (0, 1)), ("avg", (2, 3))),
+        declared=False,
+    ),
     draws=77,
     weight=0.25,
 )
@@ -48,11 +55,11 @@ def test_a_tensor_comes_back_bit_for_bit(tmp_path: Path, kind: str) -> None:
     assert found.tolist() == TENSORS[kind].tolist() or found.isnan().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-def test_a_complex_tensor_is_kept_as_pairs_of_reals(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensor = torch.tensor([[1 + 2j, -3j]], dtype=dtype)
-    found = again(tmp_path, (FULL, tensor)).tensor(0)
-    assert torch.equal(torch.view_as_complex(found.contiguous()), tensor)
+def test_a_record_of_which_nothing_whole_was_made_is_not_found(tmp_path: Path) -> None:
+    record = Record(step=0, stage="forward", name="w", unknown=True)
+    found = again(tmp_path, (record, None))
+    assert found.records == (record,)
+    assert found.by_key == {}
 
 
 def test_a_record_comes_back_with_all_its_fields(tmp_path: Path) -> None:
@@ -62,7 +69,7 @@ def test_a_record_comes_back_with_all_its_fields(tmp_path: Path) -> None:
     assert found.records == (FULL, plain, missing)
     piece = found.records[0].piece
     assert piece is not None
-    assert piece.pending == ((0, 1), (2, 3))
+    assert piece.pending == (("sum", (0, 1)), ("avg", (2, 3)))
     assert piece.stretch == (1, 3)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardproof.compare.layouts import in_order, rearranged, split_dim
 from shardproof.compare.measure import Outcome, Pair, judge, largest, scale, ulp, wide, within
+from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
 from shardproof.trace.record import Record
@@ -63,15 +64,17 @@ def compare(
     if not wholes or not shown:
         reason = "the reference has no such tensor" if shown else "this run shows no such tensor"
         return replace(base, reason=reason)
-    cells, problem = cells_of(key, observed, calls=len(wholes))
+    calls = reference.calls(step, len(wholes))
+    cells, problem = cells_of(key, observed, calls=calls)
     base = replace(base, shape=tuple(wholes[0].shape), floor=max(reference.floor(key), ulp(wholes[0])))
     if problem:
         return replace(base, reason=problem)
     fits = []
     for cell in cells:
         factor = (factors or {}).get((step, cell.microbatch), 1.0)
-        whole = wholes[cell.call] if factor == 1.0 else wide(wholes[cell.call]) * factor
-        fit = best_fit(cell, whole, base.floor * abs(factor), observed)
+        whole, place = _counterpart(cell, wholes, calls, observed, reference)
+        whole = whole if factor == 1.0 else wide(whole) * factor
+        fit = best_fit(cell, whole, base.floor * abs(factor), place)
         if fit is None:
             got = ", ".join(sorted({str(tuple(t.shape)) for t in cell.tensors}))
             reason = f"{got} is no part of the reference's {tuple(whole.shape)} by samples or slices"
@@ -183,9 +186,19 @@ def cells_of(key: Key, observed: Observed, *, calls: int) -> tuple[list[Cell], s
     return cells, ""
 
 
-def best_fit(cell: Cell, whole: Tensor, floor: float, observed: Observed) -> Fit | None:
+def _counterpart(
+    cell: Cell, wholes: list[Tensor], calls: int, observed: Observed, reference: Reference
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """The reference's tensor for a cell, and which samples of it are the cell's (as `Observed.part`)."""
+    step = cell.records[0].step
+    fed = reference.part(step, cell.data_rank, cell.microbatch)
+    if fed is not None:
+        return wholes[fed * calls + cell.call], (0, 1, 1)
+    return wholes[cell.call], observed.part(step, cell.data_rank, cell.microbatch)
+
+
+def best_fit(cell: Cell, whole: Tensor, floor: float, part: tuple[int, int, int]) -> Fit | None:
     """The reading of a cell that fits its values; the closest one where none does; None where no shape fits."""
-    part = observed.part(cell.records[0].step, cell.data_rank, cell.microbatch)
     closest: Fit | None = None
     for expected in parts_of(whole, part):
         for reading in _readings(cell, expected, floor):
@@ -247,16 +260,13 @@ def _one_vector(extra: Tensor, floor: float) -> bool:
 
 def _declared(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
     """DTensors say themselves where their pieces lie."""
-    tensors = dict(zip(cell.ranks, cell.tensors, strict=True))
+    pieces = {rank: record.piece for rank, record in zip(cell.ranks, cell.records, strict=True)}
+    tensors = settled(dict(zip(cell.ranks, cell.tensors, strict=True)), pieces)
     got, want = [], []
-    for rank, record in zip(cell.ranks, cell.records, strict=True):
-        piece = record.piece
+    for rank, piece in pieces.items():
         if piece is None or piece.whole != tuple(expected.shape):
             return
-        tensor = tensors[rank]
-        for group in piece.pending:
-            tensor = torch.stack([wide(tensors[peer]) for peer in group if peer in tensors]).sum(0)
-        got.append(tensor)
+        got.append(tensors[rank])
         want.append(piece.take(expected))
     yield Fit(outcome=_judge(cell, got, want, floor), layout="declared by DTensor")
 
@@ -274,20 +284,22 @@ def backward_factors(keys: list[Key], observed: Observed, reference: Reference) 
     factors: dict[tuple[int, int], float] = {}
     for key in keys:
         wholes = reference.tensors(key)
-        cells, problem = cells_of(key, observed, calls=max(len(wholes), 1))
+        calls = reference.calls(key[0], len(wholes))
+        cells, problem = cells_of(key, observed, calls=max(calls, 1))
         if problem or not wholes:
             continue
         for cell in cells:
             if (key[0], cell.microbatch) in factors:
                 continue
-            factor = _factor(cell, wholes[cell.call], reference.floor(key), observed)
+            whole, place = _counterpart(cell, wholes, calls, observed, reference)
+            factor = _factor(cell, whole, reference.floor(key), place)
             if factor is not None:
                 factors[key[0], cell.microbatch] = factor
     return factors
 
 
-def _factor(cell: Cell, whole: Tensor, floor: float, observed: Observed) -> float | None:
-    for expected in parts_of(whole, observed.part(cell.records[0].step, cell.data_rank, cell.microbatch)):
+def _factor(cell: Cell, whole: Tensor, floor: float, part: tuple[int, int, int]) -> float | None:
+    for expected in parts_of(whole, part):
         floor = max(floor, ulp(whole))
         got = cell.tensors[0]
         if got.shape != expected.shape or cell.records[0].piece is not None:

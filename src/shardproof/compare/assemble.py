@@ -6,6 +6,7 @@ A run on one device is the template: it says which tensors there are and how lar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def assemble(template: Trace, observed: Observed) -> Iterator[tuple[Record, Tens
         if key not in seen:
             wholes = [template.tensor(n) for n in template.by_key[key]]
             seen[key] = _wholes(key, wholes, observed)
-        yield record, seen[key].pop(0) if seen[key] else None
+        whole = seen[key].pop(0) if seen[key] else None
+        yield (record if whole is not None else replace(record, unknown=True)), whole
 
 
 def _wholes(key: Key, wholes: list[Tensor], observed: Observed) -> list[Tensor | None]:

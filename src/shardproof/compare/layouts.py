@@ -8,9 +8,14 @@ from torch import Tensor
 from shardproof.compare.measure import distance, largest, wide, within
 
 
-def split_dim(pieces: list[Tensor], whole: tuple[int, ...]) -> int | None:
-    """The one dim along which pieces of these shapes, one after the other, make up `whole`; None if there is none."""
+def split_dim(pieces: list[Tensor], whole: tuple[int, ...], declared: int | None = None) -> int | None:
+    """The dim along which pieces of these shapes, one after the other, make up `whole`; None if there is none.
+
+    Only `declared` is tried where that is given (negative from the end).
+    """
     for dim in range(len(whole)):
+        if declared is not None and dim != (declared if declared >= 0 else declared + len(whole)):
+            continue
         others = all(
             piece.dim() == len(whole) and all(piece.shape[d] == whole[d] for d in range(len(whole)) if d != dim)
             for piece in pieces

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shardproof.compare.measure import Outcome, Pair, judge, ulp, wide
+from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
 from shardproof.trace.record import Record
@@ -20,14 +21,11 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     step, stage, name, part = key
     base = Comparison(step=step, stage=stage, name=name, part=part, verdict=Verdict.NOT_CHECKED)
     wants = reference.tensors(key)
-    per_rank: dict[int, Held] = {}
-    for rank, record, tensor in observed.held(key):
-        if tensor is not None:
-            per_rank.setdefault(rank, []).append((record, tensor))
+    per_rank = _shown(key, observed)
     if not wants or not per_rank:
         return replace(base, reason=_no_partner(part, bool(wants)))
     # A loss that is called several times a batch counts once, as the sum of its calls does in the reference.
-    want = wide(torch.stack([wide(want) for want in wants]).sum().reshape(()))
+    want = (torch.stack([wide(want) for want in wants]) * _fed(step, part, observed, reference)).sum().reshape(())
     floor = max(reference.floor(key), ulp(wants[0]))
     if len(per_rank) != observed.parallelism.world_size:
         return replace(base, reason=f"shown on {len(per_rank)} of {observed.parallelism.world_size} ranks")
@@ -35,7 +33,7 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
         outcome = _logged(per_rank, want, floor, observed)
     else:
         counts = {len(entries) for entries in per_rank.values()}
-        if counts != {observed.microbatches * len(wants)}:
+        if counts != {observed.microbatches * reference.calls(step, len(wants))}:
             return replace(base, reason="the loss was not called once per micro-batch through Step.loss")
         outcome = _combined(per_rank, want, floor, observed, part)
     return replace(
@@ -49,12 +47,17 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     )
 
 
+def _fed(step: int, part: str, observed: Observed, reference: Reference) -> Tensor:
+    """The share of each of the reference's local losses in its mean: 1, unless it was fed part by part."""
+    if not reference.parts or part != "local":
+        return torch.ones(())
+    counts = [observed.part(step, *fed) for fed in reference.parts[step]]
+    return torch.tensor([count / total for _, count, total in counts], dtype=torch.float64)
+
+
 def combined(key: Key, observed: Observed) -> Tensor | None:
     """The loss of the whole batch as a sharded run computed it, shape `()`; None where it was not computed."""
-    per_rank: dict[int, Held] = {}
-    for rank, record, tensor in observed.held(key):
-        if tensor is not None:
-            per_rank.setdefault(rank, []).append((record, tensor))
+    per_rank = _shown(key, observed)
     if len(per_rank) != observed.parallelism.world_size:
         return None
     part = key[3]
@@ -64,6 +67,21 @@ def combined(key: Key, observed: Observed) -> Tensor | None:
         values = _totals(per_rank, observed, part)
     mean = part not in ("total", "count")
     return _over_data(values, torch.zeros(()), observed, mean=mean)[0].got
+
+
+def _shown(key: Key, observed: Observed) -> dict[int, Held]:
+    """Rank -> its losses in the order of the micro-batches; of a DTensor, what it stands for."""
+    calls: dict[int, dict[int, tuple[Record, Tensor]]] = {}
+    for rank, record, tensor in observed.held(key):
+        if tensor is not None:
+            calls.setdefault(record.call, {})[rank] = (record, tensor)
+    per_rank: dict[int, Held] = {}
+    for shown in calls.values():
+        pieces = {rank: record.piece for rank, (record, _) in shown.items()}
+        done = settled({rank: tensor for rank, (_, tensor) in shown.items()}, pieces)
+        for rank, (record, _) in shown.items():
+            per_rank.setdefault(rank, []).append((record, done[rank]))
+    return per_rank
 
 
 def _no_partner(part: str, in_reference: bool) -> str:

@@ -48,8 +48,11 @@ def wide(tensor: Tensor) -> Tensor:
 
 def distance(got: Tensor, want: Tensor) -> Tensor:
     """|got - want| per element in float64; 0 where both are the same infinity, NaN wherever one is NaN."""
-    got, want = wide(got), wide(want)
-    return torch.where(got == want, 0.0, (got - want).abs())
+    far = (wide(got) - wide(want)).abs()
+    if not (got.is_floating_point() or want.is_floating_point()):
+        # Beyond 2**53 float64 no longer tells whole numbers apart.
+        far = far.clamp(min=1.0)
+    return torch.where(got == want, 0.0, far)
 
 
 def largest(distances: Tensor) -> float:

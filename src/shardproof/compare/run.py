@@ -66,7 +66,7 @@ def _without_random(found: list[Comparison], observed: Observed, reference: Refe
 def _first_foreign_draw(observed: Observed, reference: Reference) -> tuple[int, int] | None:
     """(step, place among the reference's keys) of the first output made after draws that the reference did not make."""
     own: dict[tuple[Key, int], int] = {
-        (record.key, record.call): record.draws for record in reference.trace.records if record.stage == "forward"
+        (record.key, record.call): record.draws for record in reference.trace.records if record.draws
     }
     place = {key: number for number, key in enumerate(reference.trace.by_key)}
     found = [

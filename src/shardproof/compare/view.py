@@ -25,6 +25,18 @@ class Reference:
     floors: Mapping[int, float]
     """Number of the record -> noise floor, in the tensor's own unit."""
 
+    parts: Sequence[Sequence[tuple[int, int]]] = ()
+    """Per step: (data rank, micro-batch) of each of the parts that the reference was fed one after the other, where
+    they do not join into one batch (each padded to a length of its own); empty where it was fed whole batches."""
+
+    def part(self, step: int, data_rank: int, microbatch: int) -> int | None:
+        """Which of its parts the reference was fed for this one of the run; None where it was fed whole batches."""
+        return list(self.parts[step]).index((data_rank, microbatch)) if self.parts else None
+
+    def calls(self, step: int, shown: int) -> int:
+        """Calls of a module per batch (or part), where it showed `shown` tensors in a step."""
+        return shown // len(self.parts[step]) if self.parts else shown
+
     def floor(self, key: Key) -> float:
         """The largest floor among the records of a key."""
         return max((self.floors.get(number, 0.0) for number in self.trace.by_key.get(key, ())), default=0.0)

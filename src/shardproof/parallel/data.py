@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from shardproof.errors import ExperimentError, StrategyError
+from shardproof.parallel.initial import numbers
 from shardproof.spec.experiment import Batch, Experiment
 
 
@@ -50,10 +51,8 @@ def dataset_of(experiment: Experiment) -> Any:
 
 
 def cast(batch: Batch, dtype: torch.dtype, device: torch.device) -> Batch:
-    """The batch on `device`, its floating tensors in `dtype`."""
-    return tree_map_only(
-        Tensor, lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype), batch
-    )
+    """The batch on `device`, its floating tensors in `dtype`, complex ones in the complex type of that width."""
+    return tree_map_only(Tensor, lambda t: t.to(device=device, dtype=numbers(t.dtype, dtype)), batch)
 
 
 class GlobalBatches:

@@ -107,7 +107,7 @@ def ties(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 def _flat_ties(model: nn.Module, names: Mapping[int, str]) -> set[tuple[str, ...]]:
     """The ties that FSDP's flat parameters keep."""
     groups: dict[str, set[str]] = {}
-    for handle in _handles(model):
+    for handle in flat_handles(model):
         for shared in handle.flat_param._shared_param_infos:
             first = join(names.get(id(shared.prim_module), shared.prim_module_name), shared.prim_param_name)
             second = join(names.get(id(shared.module), shared.module_name), shared.param_name)
@@ -125,7 +125,8 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
             yield name, value
 
 
-def _handles(model: nn.Module) -> Iterator[FlatParamHandle]:
+def flat_handles(model: nn.Module) -> Iterator[FlatParamHandle]:
+    """FSDP's handles on the flat parameters of `model`, one per unit."""
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
             yield module._handle
@@ -133,7 +134,7 @@ def _handles(model: nn.Module) -> Iterator[FlatParamHandle]:
 
 def _flat_parameters(model: nn.Module, names: dict[int, str]) -> Iterator[Held]:
     """What FSDP's flat parameters hold, under the names that the parameters had before they were flattened."""
-    for handle in _handles(model):
+    for handle in flat_handles(model):
         flat = handle.flat_param
         originals = flat._params if handle._use_orig_params else None
         for index, info in enumerate(flat._param_infos):

@@ -47,4 +47,18 @@ def build(experiment: Experiment, dtype: torch.dtype, device: torch.device) -> n
         raise ExperimentError(
             f"none of the model's {len(parameters)} parameters requires a gradient; leave at least one trainable"
         )
-    return model.to(device=device, dtype=dtype)
+    return cast_model(model, dtype).to(device)
+
+
+def cast_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` with its floating parameters and buffers in `dtype`, in place; complex ones (rotary embeddings) in the
+    complex type of that width, where `Module.to` would drop their imaginary parts."""
+    model._apply(lambda t: t.to(numbers(t.dtype, dtype)))  # type: ignore[no-untyped-call]
+    return model
+
+
+def numbers(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of dtype `own` is cast to in a run in `dtype`: whole numbers and booleans stay what they are."""
+    if own.is_complex:
+        return torch.complex128 if dtype == torch.float64 else torch.complex64
+    return dtype if own.is_floating_point else own

@@ -43,8 +43,3 @@ def axis_of(ranks: frozenset[int], parallelism: Parallelism, rank: int) -> str:
         if peers == ranks:
             return "+".join(names)
     return "other"
-
-
-def ranks_of(group: dist.ProcessGroup) -> frozenset[int]:
-    """Global ranks of a process group."""
-    return frozenset(dist.get_process_group_ranks(group))

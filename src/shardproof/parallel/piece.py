@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -27,8 +27,8 @@ class Piece:
     stretch: tuple[int, int] | None = None
     """Start and end in the flattened box, where the rank holds only that (FSDP's flat parameters)."""
 
-    pending: tuple[tuple[int, ...], ...] = ()
-    """Groups of global ranks over which the piece is still a partial sum."""
+    pending: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """(`reduce_op`, global ranks) of the reductions that the piece still lacks: it is a partial sum, mean ..."""
 
     declared: bool = True
     """Whether the layout is known from metadata; a plain tensor's is only assumed to be the whole."""
@@ -37,6 +37,12 @@ class Piece:
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the tensor that the rank holds."""
         return self.shape if self.stretch is None else (self.stretch[1] - self.stretch[0],)
+
+    def as_real(self) -> Piece:
+        """The same piece of a complex tensor that is seen as pairs of reals, along a new last dim."""
+        stretch = None if self.stretch is None else (2 * self.stretch[0], 2 * self.stretch[1])
+        whole, offset, shape = (*self.whole, 2), (*self.offset, 0), (*self.shape, 2)
+        return replace(self, whole=whole, offset=offset, shape=shape, stretch=stretch)
 
     def take(self, whole: Tensor) -> Tensor:
         """The same elements of a whole tensor, shaped as the rank holds them."""
@@ -80,7 +86,9 @@ def of_spec(spec: DTensorSpec) -> Piece:
         offset[dim] += start
         extent[dim] = min(chunk, extent[dim] - start)
     pending = tuple(
-        tuple(_peers(spec, axis)) for axis, placement in enumerate(placements) if isinstance(placement, Partial)
+        (str(placement.reduce_op), tuple(_peers(spec, axis)))
+        for axis, placement in enumerate(placements)
+        if isinstance(placement, Partial)
     )
     return Piece(whole=shape, offset=tuple(offset), shape=tuple(extent), pending=pending)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import zlib
 
 import torch
 
@@ -23,6 +24,14 @@ def seed_everything(*parts: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
-def generator_state(device: torch.device) -> torch.Tensor:
-    """State of the generator that a model on `device` draws from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def generators(device: torch.device) -> int:
+    """Fingerprint of every generator that a model on `device` may draw from: changes when one of them is drawn from."""
+    found = zlib.crc32(torch.get_rng_state().numpy().data)
+    if device.type == "cuda":
+        found = zlib.crc32(torch.cuda.get_rng_state(device).numpy().data, found)
+    at = 0
+    if "numpy" in sys.modules:
+        _, keys, at, *_ = sys.modules["numpy"].random.get_state()
+        found = zlib.crc32(keys.data, found)
+    # Python hashes whole numbers alike in every process; torch's and NumPy's states are long, and faster as bytes.
+    return hash((found, at, random.getstate()[1]))

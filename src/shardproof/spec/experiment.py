@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from shardproof.errors import ExperimentError
+from shardproof.spec.parallelism import AXES, Parallelism
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from shardproof.spec.loss import LossSum
-    from shardproof.spec.parallelism import Parallelism
 
 Batch: TypeAlias = Any
 """Samples collated along a new first dim: a tensor, a tuple of tensors or a dict of tensors."""
@@ -109,10 +109,18 @@ class Experiment:
             raise ExperimentError(f"Experiment.fsdp_units is {units!r}; it must be a tuple of name patterns")
         if not isinstance(self.tp_plan, Mapping):
             raise ExperimentError(f"Experiment.tp_plan is {self.tp_plan!r}; it must map name patterns to styles")
-        if self.placements is not None and not isinstance(self.placements, Mapping):
+        if self.placements is not None and not _are_placements(self.placements):
             raise ExperimentError(
-                f"Experiment.placements is {self.placements!r}; it must be {{name pattern: {{axis: dim}}}}, or None"
+                f"Experiment.placements is {self.placements!r}; it must be {{name pattern: {{axis: dim}}}}, or None; "
+                f"the axes are {', '.join(AXES)}"
             )
+
+
+def _are_placements(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(axes, Mapping) and all(axis in AXES and isinstance(dim, int) for axis, dim in axes.items())
+        for axes in value.values()
+    )
 
 
 def _is_above_zero(value: object) -> bool:

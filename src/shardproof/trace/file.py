@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,9 +24,7 @@ def save(path: Path, entries: Iterable[tuple[Record, Tensor | None]]) -> None:
     for number, (record, tensor) in enumerate(entries):
         records.append(_as_plain(record))
         if tensor is not None:
-            # safetensors has no complex numbers; a pair of reals says the same.
-            value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            tensors[str(number)] = value.cpu().contiguous()
+            tensors[str(number)] = tensor.cpu().contiguous()
     save_file(tensors, path, metadata={"records": json.dumps(records, separators=(",", ":"))})
 
 
@@ -47,9 +44,11 @@ class Trace:
 
     @cached_property
     def by_key(self) -> dict[tuple[int, str, str, str], list[int]]:
-        """Key -> numbers of its records, in the order in which they were made."""
+        """Key -> numbers of its records, in the order in which they were made; those that are `unknown` left out."""
         found: dict[tuple[int, str, str, str], list[int]] = {}
         for number, record in enumerate(self.records):
+            if record.unknown:
+                continue
             found.setdefault(record.key, []).append(number)
         return found
 
@@ -71,5 +70,13 @@ def _tuples(value: Any) -> Any:
 
 
 _NONE = object()
-_DEFAULTS: dict[str, object] = {"part": "", "call": 0, "piece": None, "missing": False, "draws": 0, "weight": 1.0}
+_DEFAULTS: dict[str, object] = {
+    "part": "",
+    "call": 0,
+    "piece": None,
+    "missing": False,
+    "unknown": False,
+    "draws": 0,
+    "weight": 1.0,
+}
 """Fields that are left out of the file where they say nothing."""

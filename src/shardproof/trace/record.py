@@ -32,6 +32,9 @@ class Record:
     missing: bool = False
     """Whether there was no tensor where one could have been, as for a parameter without a gradient."""
 
+    unknown: bool = False
+    """Whether there was a tensor, of which nothing whole could be made (`compare.assemble`)."""
+
     draws: int = 0
     """Fingerprint of the random generator where numbers were drawn earlier in the step, else 0."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,7 +18,7 @@ from shardproof.parallel import piece
 from shardproof.parallel.held import Held, plain
 from shardproof.parallel.names import ROOT, canonical_buffers, canonical_modules
 from shardproof.parallel.piece import Piece
-from shardproof.parallel.seeding import generator_state
+from shardproof.parallel.seeding import generators
 from shardproof.spec.loss import LossSum
 from shardproof.trace.file import save
 from shardproof.trace.leaves import leaves
@@ -50,8 +50,8 @@ class Recorder:
         """Hook every module's output and the optimizer's step; record the state before the first step."""
         self._parameters = parameters
         for name, module in canonical_modules(model):
-            module.register_forward_hook(partial(self._output, name or ROOT))
-        optimizer.register_step_pre_hook(lambda _optimizer, _args, _kwargs: self._before_optimizer())
+            module.register_forward_hook(_untraced(partial(self._output, name or ROOT)))
+        optimizer.register_step_pre_hook(lambda _optimizer, args, kwargs: self._before_optimizer(args, kwargs))
         for held in parameters:
             self._add("initial-state", held.name, held.local(held.leaf), where=held.piece)
         self._buffers("initial-state", model)
@@ -63,12 +63,13 @@ class Recorder:
         def recorded(model: nn.Module, batch: Any) -> Any:
             value = loss(model, batch)
             call, self._microbatch = self._microbatch, self._microbatch + 1
+            draws = self._draws()
             if isinstance(value, LossSum):
                 count = torch.as_tensor(value.count, dtype=torch.float64).detach()
-                self._add("loss", ROOT, value.total, part="total", call=call)
-                self._add("loss", ROOT, count, part="count", call=call)
+                self._add("loss", ROOT, value.total, part="total", call=call, draws=draws)
+                self._add("loss", ROOT, count, part="count", call=call, draws=draws)
             elif isinstance(value, Tensor):
-                self._add("loss", ROOT, value, part="local", call=call)
+                self._add("loss", ROOT, value, part="local", call=call, draws=draws)
             return value
 
         return recorded
@@ -99,7 +100,7 @@ class Recorder:
     def end(self, model: nn.Module, parameters: Iterable[Held], optimizer: Optimizer, logged: Any) -> None:
         """The step is over and would log this loss; `parameters` are the model's own as they are now."""
         # A user's step that never called optimizer.step() still has gradients to show.
-        self._before_optimizer()
+        self._see_gradients()
         self._open = False
         value = logged if isinstance(logged, Tensor) else torch.as_tensor(float(logged), dtype=torch.float64)
         self._add("loss", ROOT, value, part="logged")
@@ -114,9 +115,13 @@ class Recorder:
 
     # One record.
 
-    def _before_optimizer(self) -> None:
-        if not self._open:
-            return
+    def _before_optimizer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A closure computes the gradients inside optimizer.step(closure); they are seen at the end of the step.
+        closure = kwargs.get("closure") or next((value for value in args if not isinstance(value, Optimizer)), None)
+        if self._open and closure is None:
+            self._see_gradients()
+
+    def _see_gradients(self) -> None:
         if self._clipped_by_user or "norm" in self._seen:
             self._gradients("grad-norm")
         else:
@@ -140,11 +145,11 @@ class Recorder:
             return
         call = self._calls[name, "forward"]
         self._calls[name, "forward"] += 1
-        draws = self._fingerprint()
-        draws = 0 if draws == self._generator else draws
+        draws = self._draws()
         for path, leaf in leaves(output):
             self._add("forward", name, leaf, part=path, call=call, draws=draws)
-            if leaf.requires_grad:
+            # A module may return its own parameter: a hook on that would outlive the step.
+            if leaf.requires_grad and not leaf.is_leaf:
                 leaf.register_hook(partial(self._output_gradient, name, path, call))  # type: ignore[no-untyped-call]
 
     def _output_gradient(self, name: str, path: str, call: int, grad: Tensor) -> None:
@@ -158,6 +163,9 @@ class Recorder:
 
     def _optimizer_state(self, stage: str, optimizer: Optimizer) -> None:
         for held in self._parameters:
+            if 0 in held.piece.local_shape:
+                # Of a parameter of which this rank holds nothing, it need not count steps either.
+                continue
             for key, value in optimizer.state.get(held.leaf, {}).items():
                 if isinstance(value, Tensor) and value.dim() > 0 and value.shape == held.leaf.shape:
                     self._add(stage, held.name, held.local(value), part=key, where=held.piece_of(value))
@@ -182,6 +190,8 @@ class Recorder:
     ) -> None:
         if isinstance(tensor, DTensor) and where is None:
             where = piece.of_tensor(tensor)
+        if where is not None and tensor is not None and tensor.is_complex():
+            where = where.as_real()
         record = Record(
             step=self._step,
             stage=stage,
@@ -193,7 +203,29 @@ class Recorder:
             draws=draws,
             weight=weight,
         )
-        self.entries.append((record, None if tensor is None else plain(tensor.detach()).clone()))
+        self.entries.append((record, None if tensor is None else _kept(tensor)))
+
+    def _draws(self) -> int:
+        """Fingerprint of the generators if they have been drawn from since the step began, else 0."""
+        now = self._fingerprint()
+        return 0 if now == self._generator else now
 
     def _fingerprint(self) -> int:
-        return zlib.crc32(generator_state(self.device).numpy().data) or 1
+        return generators(self.device) or 1
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy of what this rank holds, in the one form that is written and compared: dense, complex as pairs of reals.
+
+    safetensors knows neither sparse tensors nor complex numbers, and a distance is a real number.
+    """
+    tensor = plain(tensor.detach())
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
+    return torch.view_as_real(tensor.resolve_conj()).clone() if tensor.is_complex() else tensor.clone()
+
+
+def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """`hook`, called as it is where torch.compile would trace it as a part of the user's model."""
+    # Looked up by name: importing torch._dynamo costs 0.3 s, and who compiles has loaded it.
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return hook if dynamo is None else dynamo.disable(hook)

@@ -25,6 +25,7 @@ from shardproof.parallel.seeding import seed_everything
 from shardproof.spec.experiment import Experiment
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.patterns import select
+from shardproof.trace.leaves import leaves
 from shardproof.trace.reads import digests
 from shardproof.trace.recorder import Recorder
 from shardproof.train.disturb import Disturbance
@@ -105,7 +106,7 @@ class TracedRun:
         if self.disturbance is not None:
             self.disturbance.model_(model)
         if variant.widened:
-            model.to(torch.float64)
+            initial.cast_model(model, torch.float64)
         self.dtype = torch.float64 if variant.widened else settings.dtype
         with initial.default_dtype(self.dtype):
             self.shapes = {held.name: tuple(held.leaf.shape) for held in held_parameters(model)}
@@ -206,6 +207,11 @@ class TracedRun:
         self.recorder.save(path)
 
     def _prepared(self, batch: Any) -> Any:
+        if next(leaves(batch), None) is None:
+            raise ExperimentError(
+                f"no tensor was found in a batch of type {type(batch).__name__}; make it a tensor, tuple or dict of "
+                "tensors, or register its type with torch.utils._pytree.register_pytree_node"
+            )
         batch = cast(batch, self.settings.dtype, self.settings.device)
         if self.disturbance is not None:
             batch = self.disturbance.batch(batch)

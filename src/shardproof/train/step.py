@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardproof.errors import ExperimentError
@@ -87,13 +88,14 @@ def train_step(step: Step, parameters: list[Held], observer: Observer | None = N
             if isinstance(loss, LossSum):
                 # A filler part (weight 0) must not count.
                 share = 1.0 if weight else 0.0
-                part_count = torch.as_tensor(loss.count, dtype=value.dtype, device=value.device).detach() * share
+                # In float64: bfloat16 cannot count beyond 256.
+                part_count = _whole(torch.as_tensor(loss.count, device=value.device)).to(torch.float64) * share
                 count = part_count if count is None else count + part_count
             else:
                 share = weight
             factor = share * step.loss_scale
             (value if factor == 1.0 else value * factor).backward()  # type: ignore[no-untyped-call]
-        part = plain(value.detach()) * share
+        part = _whole(value) * share
         logged = part if logged is None else logged + part
     if logged is None:
         raise ExperimentError(f"step {step.index} has no micro-batch; Experiment.batches must yield one or more a step")
@@ -136,7 +138,7 @@ def checked(loss: Any) -> Tensor:
 
 def _divide_by_global_count(step: Step, parameters: list[Held], total: Tensor, count: Tensor) -> Tensor:
     """Turn gradients of the sum, averaged over data ranks, into those of the mean; return the global mean."""
-    both = torch.stack([total.to(count.dtype), count])
+    both = torch.stack([total.to(torch.float64), count])
     if step.parallelism.dp > 1:
         dist.all_reduce(both, group=step.data_group)
     if not both[1] > 0:
@@ -144,8 +146,14 @@ def _divide_by_global_count(step: Step, parameters: list[Held], total: Tensor, c
             f"step {step.index}: the counts of all LossSum parts add up to {both[1].item():g}; "
             "a batch must hold at least one element that counts"
         )
-    scale_(_gradients(parameters), step.parallelism.dp / both[1])
-    return both[0] / both[1]
+    scale_(_gradients(parameters), step.parallelism.dp / float(both[1]))
+    return (both[0] / both[1]).to(total.dtype)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A detached loss or count as one plain number: a DTensor's may still be a partial sum or mean over `tp`."""
+    value = value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else plain(value)
 
 
 def _gradients(parameters: list[Held]) -> list[Tensor]:

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn.parallel import DistributedDataParallel
+
+from shardproof.parallel.held import flat_handles
 
 
 @contextlib.contextmanager
@@ -20,9 +23,22 @@ def gradient_sync(model: nn.Module, due: bool) -> Iterator[None]:
         for module in _reducers(model):
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(due)
-            elif not due:
+            elif not due and not _flattens_tp_shards(module):
                 stack.enter_context(module.no_sync())
         yield
+
+
+def _flattens_tp_shards(module: nn.Module) -> bool:
+    """Whether FSDP's flat parameters hold tensor-parallel shards.
+
+    Torch 2.13 then leaves `no_sync` with gradients that its next forward cannot look into ("invalid python storage").
+    Reduced after every micro-batch, the shards add up to the same sum.
+    """
+    return any(
+        isinstance(extension, DTensorSpec)
+        for handle in flat_handles(module)
+        for extension in handle.flat_param._param_extensions
+    )
 
 
 def _reducers(module: nn.Module) -> Iterator[DistributedDataParallel | FullyShardedDataParallel | FSDPModule]:
