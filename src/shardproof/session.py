@@ -123,6 +123,7 @@ class Session:
             findings=tuple(explain(compared, facts)),
             sharded=sharded_over(pieces, layout),
             collectives=collectives,
+            notes=self._notes(reads),
             shown=self.ranks.call("show", name, shown, ranks=[0])[0] if shown else {},
             time_s=time.perf_counter() - started,
         )
@@ -212,6 +213,13 @@ class Session:
                 "batch; pad all samples to one length for the check"
             )
         return tuple(tuple((rank // layout.tp, m) for rank, m in step) for step in reads.sources)
+
+    def _notes(self, reads: Reads) -> tuple[str, ...]:
+        read, wanted = len(reads.batches[0]), self.worker.experiment.batch_size
+        short = (
+            f"the data ranks read {read} samples in the first step; batch_size is {wanted}" if read != wanted else ""
+        )
+        return tuple(note for note in (reads.note, short) if note)
 
     def _unclipped(self, name: str, layout: Parallelism) -> str | None:
         """Run a user's own clipping step once more with an unreachable limit, to see its gradients before clipping."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,12 @@ from shardproof.trace.transfer import receive_file, send_file
 from shardproof.train.run import Settings, Summary, TracedRun, Variant
 
 SINGLE = Parallelism(strategy="single")
+
+SHAPES = re.compile(
+    r"shape '.*' is invalid for input of size|must match the size|shapes cannot be multiplied|same reduction dim"
+    r"|size of tensor a|split_with_sizes|unflatten|divisible|[Ee]xpected size|[Gg]iven normalized_shape|heads"
+)
+"""What torch says where a tensor has not the shape that the model's code counts on."""
 
 COUNTED_SAMPLES = 200_000
 """Samples of a data set that are read to know a user's batches by content; a larger one is not looked through."""
@@ -164,7 +171,8 @@ class Worker:
         """
         del place
         reference = Reference(trace=Trace(self.trace(trusted, 0)), floors=floors, parts=parts)
-        found = compare_run(replace(observed, ranks=self._traces(name, observed)), reference)
+        exact = not self.low_precision
+        found = compare_run(replace(observed, ranks=self._traces(name, observed)), reference, exact=exact)
         if unclipped is not None:
             again = compare_run(replace(observed, ranks=self._traces(unclipped, observed)), reference)
             before = {c.key: c for c in again if c.stage == "gradient" and c.step == 0}
@@ -206,8 +214,10 @@ class Worker:
         return Settings(device=place.device(), dtype=self.dtype, steps=self.steps, shuffle=self.shuffle)
 
     def _single(self, place: Place, variant: Variant) -> TracedRun:
-        # The user's own layout, loader and step are what is under test; the reference uses none of them.
-        alone = replace(self.trusted, parallelize=None, batches=None, train_step=None, microbatches=1)
+        # The user's own layout, loader and step are what is under test; the reference uses none of them, unless it
+        # is another experiment, whose step is then what is trusted.
+        step = None if self.trusted is self.experiment else self.trusted.train_step
+        alone = replace(self.trusted, parallelize=None, batches=None, train_step=step, microbatches=1)
         return TracedRun(alone, SINGLE, 0, self._settings(place), variant)
 
     def _global_batches(self, place: Place, replay: Replay | None) -> list[list[Microbatch]]:
@@ -266,11 +276,9 @@ def _first_loss_is_a_number(run: TracedRun) -> None:
 
 
 def _is_about_shapes(error: BaseException) -> bool:
-    words = ("shape", "size", "view", "split", "divis", "dim", "mat1")
-    text = str(error).lower()
     frames = traceback.extract_tb(error.__traceback__)
     inside_forward = any(frame.name == "_call_impl" and "modules" in frame.filename for frame in frames)
-    return inside_forward and any(word in text for word in words)
+    return inside_forward and SHAPES.search(str(error)) is not None
 
 
 def _cannot_split(parallelism: Parallelism, error: BaseException) -> StrategyError:

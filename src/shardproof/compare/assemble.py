@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from shardproof.compare.activations import Cell, cells_of, parts_of
-from shardproof.compare.layouts import split_dim
+from shardproof.compare.layouts import joined, split_dim
 from shardproof.compare.losses import combined
+from shardproof.compare.nested import put
 from shardproof.compare.parameters import summed
 from shardproof.compare.view import Key, Observed
-from shardproof.parallel.piece import Piece
 from shardproof.trace.file import Trace
 from shardproof.trace.record import Record
 
@@ -57,22 +57,10 @@ def _parameter(key: Key, like: Tensor, observed: Observed) -> Tensor | None:
             peers = observed.tp_peers(observed.parallelism.coordinates(rank)["dp"])
             pieces = [tensors[peer] for peer in peers if peer in tensors]
             dim = split_dim(pieces, piece.whole)
-            return None if dim is None else torch.cat(pieces, dim)
-        _put(whole, piece, tensor)
+            return None if dim is None else joined(pieces, piece.whole[dim], dim)
+        put(whole, piece, tensor)
     # A place that no rank filled is NaN still, and then there is no whole.
     return None if whole.is_floating_point() and bool(whole.isnan().any()) else whole
-
-
-def _put(whole: Tensor, piece: Piece, tensor: Tensor) -> None:
-    box = whole
-    for dim, (start, length) in enumerate(zip(piece.offset, piece.shape, strict=True)):
-        box = box.narrow(dim, start, length)
-    if piece.stretch is None:
-        box.copy_(tensor)
-        return
-    flat = box.reshape(-1).clone()
-    flat[piece.stretch[0] : piece.stretch[1]] = tensor.reshape(-1)
-    box.copy_(flat.reshape(box.shape))
 
 
 def _activations(key: Key, wholes: list[Tensor], observed: Observed) -> list[Tensor | None]:
@@ -107,9 +95,9 @@ def _joined(cell: Cell, shape: tuple[int, ...]) -> Tensor | None:
         for record, tensor in zip(cell.records, tensors, strict=True):
             if record.piece is None or record.piece.whole != shape or record.piece.pending:
                 return None
-            _put(whole, record.piece, tensor)
+            put(whole, record.piece, tensor)
         return whole
     if all(tuple(tensor.shape) == shape for tensor in tensors):
         return tensors[0]
     dim = split_dim(tensors, shape)
-    return None if dim is None else torch.cat(tensors, dim)
+    return None if dim is None else joined(tensors, shape[dim], dim)

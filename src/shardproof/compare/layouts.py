@@ -20,18 +20,43 @@ def split_dim(pieces: list[Tensor], whole: tuple[int, ...], declared: int | None
             piece.dim() == len(whole) and all(piece.shape[d] == whole[d] for d in range(len(whole)) if d != dim)
             for piece in pieces
         )
-        if others and sum(piece.shape[dim] for piece in pieces) == whole[dim]:
+        if others and repeats(pieces, whole[dim], dim):
             return dim
     return None
 
 
+def repeats(pieces: list[Tensor], size: int, dim: int) -> int:
+    """How many neighbouring pieces hold each slice of a whole of `size` along `dim`; 0 where they do not tile it.
+
+    More than 1 where there are fewer slices than peers: grouped-query attention with fewer key heads than ranks.
+    """
+    sizes = [piece.shape[dim] for piece in pieces]
+    if sum(sizes) == size:
+        return 1
+    alike = len(set(sizes)) == 1 and 0 < sizes[0] < size and size % sizes[0] == 0
+    return sum(sizes) // size if alike and sum(sizes) % size == 0 else 0
+
+
+def starts(pieces: list[Tensor], size: int, dim: int) -> list[int]:
+    """Where each piece begins along `dim` if they lie one after the other."""
+    times = max(repeats(pieces, size, dim), 1)
+    begins, start = [], 0
+    for number, piece in enumerate(pieces):
+        begins.append(start)
+        if (number + 1) % times == 0:
+            start += piece.shape[dim]
+    return begins
+
+
 def in_order(pieces: list[Tensor], whole: Tensor, dim: int) -> list[Tensor]:
     """What each piece should hold if they lie one after the other along `dim`."""
-    wants, start = [], 0
-    for piece in pieces:
-        wants.append(whole.narrow(dim, start, piece.shape[dim]))
-        start += piece.shape[dim]
-    return wants
+    begins = starts(pieces, whole.shape[dim], dim)
+    return [whole.narrow(dim, start, piece.shape[dim]) for start, piece in zip(begins, pieces, strict=True)]
+
+
+def joined(pieces: list[Tensor], size: int, dim: int) -> Tensor:
+    """The whole that the pieces make up along `dim`, each slice taken once."""
+    return torch.cat(pieces[:: max(repeats(pieces, size, dim), 1)], dim)
 
 
 def rearranged(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[Tensor] | None:
@@ -47,7 +72,7 @@ def slices(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[
     contiguous slice. Slices are found by a random projection and then held against the whole; None where they do not
     tile it. A slice that occurs twice in the whole leaves the answer open, and is matched in order.
     """
-    if not whole.numel():
+    if not whole.numel() or repeats(pieces, whole.shape[dim], dim) != 1:
         return None
     probe = torch.randn(whole.numel() // whole.shape[dim], generator=_generator(), dtype=torch.float64)
     marks = _marks(whole, dim, probe)

@@ -11,6 +11,7 @@ from shardproof.compare.measure import Outcome, Pair, judge, ulp, wide
 from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
+from shardproof.parallel.names import ROOT
 from shardproof.trace.record import Record
 
 Held = list[tuple[Record, Tensor]]
@@ -30,7 +31,7 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     if len(per_rank) != observed.parallelism.world_size:
         return replace(base, reason=f"shown on {len(per_rank)} of {observed.parallelism.world_size} ranks")
     if part == "logged":
-        outcome = _logged(per_rank, want, floor, observed)
+        outcome = _logged(per_rank, want, floor, observed, step)
     else:
         counts = {len(entries) for entries in per_rank.values()}
         if counts != {observed.microbatches * reference.calls(step, len(wants))}:
@@ -128,10 +129,25 @@ def _over_data(values: dict[int, Tensor], want: Tensor, observed: Observed, *, m
     return pairs
 
 
-def _logged(per_rank: dict[int, Held], want: Tensor, floor: float, observed: Observed) -> Outcome:
+def _logged(per_rank: dict[int, Held], want: Tensor, floor: float, observed: Observed, step: int) -> Outcome:
     """Either every rank logs the mean over data ranks, or each its own part's, of which that is the mean."""
     values = {rank: wide(entries[0][1]).reshape(()) for rank, entries in per_rank.items()}
     everywhere = judge([Pair(rank=rank, got=value, want=want) for rank, value in values.items()], floor)
     together = judge(_over_data(values, want, observed, mean=True), floor)
     # Whichever fits better: in low precision a part's own loss may lie close to the mean of all.
-    return everywhere if everywhere.error <= together.error else together
+    best = everywhere if everywhere.error <= together.error else together
+    if best.verdict is not Verdict.DIFFERENT:
+        return best
+    # With ragged counts the mean of the parts' means is not the mean: each is held against its own sum and count.
+    own = _own_means(step, observed)
+    alone = judge([Pair(rank=rank, got=value, want=own[rank]) for rank, value in values.items() if rank in own], floor)
+    return alone if len(own) == len(values) and alone.verdict is not Verdict.DIFFERENT else best
+
+
+def _own_means(step: int, observed: Observed) -> dict[int, Tensor]:
+    """Rank -> total over count of its own `LossSum`s, which are compared by themselves."""
+    sums = {part: _shown((step, "loss", ROOT, part), observed) for part in ("total", "count")}
+    totals = {part: _totals(shown, observed, part) for part, shown in sums.items()}
+    # A part without anything that counts has a sum of 0, and logs it.
+    counts = {rank: torch.where(count == 0, 1.0, count) for rank, count in totals["count"].items()}
+    return {rank: total / counts[rank] for rank, total in totals["total"].items() if rank in counts}

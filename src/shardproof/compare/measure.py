@@ -89,6 +89,11 @@ class Outcome:
     ratio: float | None
     samples: tuple[Sample, ...]
 
+    @classmethod
+    def impossible(cls, ranks: Iterable[int]) -> Outcome:
+        """Pieces that make up no whole, so that there is nothing to hold them against."""
+        return cls(verdict=Verdict.DIFFERENT, error=float("inf"), ranks=tuple(ranks), ratio=None, samples=())
+
 
 def judge(pairs: Iterable[Pair], floor: float) -> Outcome:
     """Hold every piece against its part of the reference."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from shardproof.compare.layouts import in_order, slices, split_dim, tells
+from shardproof.compare.layouts import in_order, slices, split_dim, starts, tells
 from shardproof.compare.measure import Outcome, Pair, judge, scale, ulp
+from shardproof.compare.nested import inner_pieces
 from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
@@ -35,8 +36,12 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     want = wholes[0] if wholes else None
     if want is None:
         return _nothing_expected(base, held, shape)
-    floor = max(reference.floor(key), ulp(want))
+    # Copies of the same initial values owe the same bits.
+    floor = 0.0 if stage == "initial-state" else max(reference.floor(key), ulp(want))
     base = replace(base, shape=tuple(want.shape), floor=floor)
+    inner = inner_pieces(held, tuple(want.shape), observed)
+    if inner is not None:
+        return _judged(base, _judge_nested(held, inner, want, floor, observed), want, observed)
     misfit = {tuple(r.piece.whole) for _, r, _ in held if r.piece is not None} - {tuple(want.shape)}
     if misfit:
         return replace(
@@ -59,7 +64,11 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     gap = _gap([record.piece for _, record, _ in held], want.numel())
     if gap:
         return replace(base, reason=gap)
-    outcome, layout, reason = _judge(present, want, floor, observed)
+    return _judged(base, _judge(present, want, floor, observed), want, observed)
+
+
+def _judged(base: Comparison, judged: tuple[Outcome, str, str], want: Tensor, observed: Observed) -> Comparison:
+    outcome, layout, reason = judged
     result = replace(
         base,
         verdict=outcome.verdict,
@@ -73,7 +82,7 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     if result.verdict is Verdict.DIFFERENT and _counts_passes(want, result, observed):
         reason = f"counts forward passes, of which this run makes {observed.microbatches} a step"
         return replace(result, verdict=Verdict.NOT_CHECKED, reason=reason)
-    if result.verdict is not Verdict.DIFFERENT and stage in ZERO_HIDES and not scale(want) > 0:
+    if result.verdict is not Verdict.DIFFERENT and base.stage in ZERO_HIDES and not scale(want) > 0:
         return replace(result, verdict=Verdict.NOT_CHECKED, reason="all zero in the reference: a wrong scale is hidden")
     return result
 
@@ -149,39 +158,66 @@ def _judge_by_hand(held: Sequence[Held], want: Tensor, floor: float, observed: O
     pairs: list[Pair] = []
     layout = ""
     tensors = {rank: tensor for rank, _, tensor in held if tensor is not None}
-    name = held[0][1].name
     for data_rank in range(observed.parallelism.dp):
         peers = [rank for rank in observed.tp_peers(data_rank) if rank in tensors]
         pieces = [tensors[rank] for rank in peers]
         if not pieces:
             continue
-        declared = observed.declared(name).get("tp")
-        dim = split_dim(pieces, tuple(want.shape), declared)
-        if dim is None:
-            shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
-            along = "" if declared is None else f" along dim {declared}, as placements declares"
-            reason = f"pieces {shapes} do not tile the whole {tuple(want.shape)}{along}"
-            outcome = Outcome(verdict=Verdict.DIFFERENT, error=float("inf"), ranks=tuple(peers), ratio=None, samples=())
-            return outcome, "", reason
-        wants = in_order(pieces, want, dim)
-        plain = judge([Pair(rank=r, got=g, want=w) for r, g, w in zip(peers, pieces, wants, strict=True)], floor)
-        known = observed.found.get((name, data_rank))
-        if known is not None and known[0] == dim:
-            order = known[1]
-        else:
-            wrong = plain.verdict is Verdict.DIFFERENT and declared is None
-            order = slices(pieces, want, dim, floor) if wrong else None
-            if (order is not None or not wrong) and tells(want, dim, floor):
-                observed.found[name, data_rank] = (dim, order)
-        layout = f"tp: slices of dim {dim}" if order is None else f"tp: rearranged slices of dim {dim}"
-        if order is not None:
-            wants = [want.index_select(dim, index) for index in order]
-        start = 0
-        for rank, piece, expected in zip(peers, pieces, wants, strict=True):
+        placed = _placed(held[0][1].name, data_rank, pieces, want, floor, observed)
+        if isinstance(placed, str):
+            return Outcome.impossible(peers), "", placed
+        wants, dim, layout = placed
+        for rank, piece, expected, start in zip(
+            peers, pieces, wants, starts(pieces, want.shape[dim], dim), strict=True
+        ):
             offset = tuple(start if d == dim else 0 for d in range(want.dim()))
             pairs.append(Pair(rank=rank, got=piece, want=expected, offset=offset))
-            start += piece.shape[dim]
     return judge(pairs, floor), layout, ""
+
+
+def _placed(
+    name: str, group: int, pieces: list[Tensor], want: Tensor, floor: float, observed: Observed
+) -> tuple[list[Tensor], int, str] | str:
+    """What the pieces of a tp group should hold, the dim they split and that in words; or why they make up no whole."""
+    declared = observed.declared(name).get("tp")
+    dim = split_dim(pieces, tuple(want.shape), declared)
+    if dim is None:
+        shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
+        along = "" if declared is None else f" along dim {declared}, as placements declares"
+        return f"pieces {shapes} do not tile the whole {tuple(want.shape)}{along}"
+    wants = in_order(pieces, want, dim)
+    known = observed.found.get((name, group))
+    if known is not None and known[0] == dim:
+        order = known[1]
+    else:
+        plain = judge([Pair(rank=0, got=g, want=w) for g, w in zip(pieces, wants, strict=True)], floor)
+        wrong = plain.verdict is Verdict.DIFFERENT and declared is None
+        order = slices(pieces, want, dim, floor) if wrong else None
+        if (order is not None or not wrong) and tells(want, dim, floor):
+            observed.found[name, group] = (dim, order)
+    if order is None:
+        return wants, dim, f"tp: slices of dim {dim}"
+    return [want.index_select(dim, index) for index in order], dim, f"tp: rearranged slices of dim {dim}"
+
+
+def _judge_nested(
+    held: Sequence[Held], inner: Mapping[int, list[Tensor]], want: Tensor, floor: float, observed: Observed
+) -> tuple[Outcome, str, str]:
+    """Shards of pieces that were split over tp by hand: the pieces' place first, each shard's place in its piece next."""
+    wants: dict[int, list[Tensor]] = {}
+    layout = ""
+    for replica, pieces in inner.items():
+        placed = _placed(held[0][1].name, replica, pieces, want, floor, observed)
+        if isinstance(placed, str):
+            return Outcome.impossible([rank for rank, _, _ in held]), "", placed
+        wants[replica], _, layout = placed
+    pairs = []
+    for rank, record, tensor in held:
+        if tensor is not None and record.piece is not None:
+            at = observed.parallelism.coordinates(rank)
+            expected = record.piece.take(wants[at["dp_replicate"]][at["tp"]])
+            pairs.append(Pair(rank=rank, got=tensor, want=expected, piece=record.piece))
+    return judge(pairs, floor), f"{layout}, sharded again over dp_shard", ""
 
 
 def describe(pieces: list[tuple[int, Piece]], observed: Observed) -> str:

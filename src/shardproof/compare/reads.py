@@ -47,6 +47,8 @@ class Reads:
 
     split_over_tp: bool
     misread: Misread | None = None
+    note: str = ""
+    """What could not be judged."""
 
 
 def digest_of(reads: Reads) -> str:
@@ -82,7 +84,18 @@ def understand(
         misread = _differs(ranks, peers)
     if misread is None:
         misread = _out_of_order(ranks, readers, parallelism, data)
-    return Reads(batches=tuple(batches), sources=tuple(sources), samples=samples, split_over_tp=split, misread=misread)
+    note = ""
+    if data is not None and any(sample not in data for batch in batches for sample in batch):
+        note = "samples are not found in Experiment.data as they are read, so their order was not judged"
+        misread = misread or _alike(ranks, readers, parallelism, data)
+    return Reads(
+        batches=tuple(batches),
+        sources=tuple(sources),
+        samples=samples,
+        split_over_tp=split,
+        misread=misread,
+        note=note,
+    )
 
 
 def _differs(ranks: Sequence[RankReads], peers: list[list[int]]) -> Misread:
@@ -126,6 +139,23 @@ def _out_of_order(
     return None
 
 
+def _alike(
+    ranks: Sequence[RankReads], readers: list[list[int]], parallelism: Parallelism, data: Counter[str]
+) -> Misread | None:
+    """Data ranks that read the very same samples, seen without the data set: it holds no sample twice."""
+    if max(data.values(), default=0) > 1:
+        return None
+    for step in range(len(ranks[0])):
+        read = {rank: [s for part in ranks[rank][step] for s in part] for group in readers for rank in group}
+        # A single sample may be the same by chance, once it has been transformed; a batch of several is not.
+        long = {rank: samples for rank, samples in read.items() if len(set(samples)) > 1}
+        twice = Counter({sample: 2 for own in long.values() for sample in own})
+        found = _same_on_data_ranks(long, twice, Counter(), parallelism, step)
+        if found is not None:
+            return found
+    return None
+
+
 def _after(every: Counter[str], left: Counter[str], data: Counter[str], *, filled: int) -> list[Counter[str]]:
     """What may be left of the epoch once `every` was read from `left`; empty where that is not in order.
 
@@ -143,7 +173,7 @@ def _same_on_data_ranks(
     read: Mapping[int, list[str]], every: Counter[str], left: Counter[str], parallelism: Parallelism, step: int
 ) -> Misread | None:
     # One rank of a tp group reads for all of it, unless the batch is split over tp.
-    peers = parallelism.world_size // len(read)
+    peers = max(parallelism.world_size // max(len(read), 1), 1)
     for first in read:
         twins = [rank for rank in read if sorted(read[rank]) == sorted(read[first])]
         if len(twins) > 1 and read[first] and any(every[sample] > left[sample] for sample in read[first]):

@@ -12,8 +12,11 @@ from shardproof.spec.stages import STAGES
 RANDOM = "depends on random numbers, which each data rank draws for its own part (set dropout to 0 to compare)"
 
 
-def compare_run(observed: Observed, reference: Reference) -> list[Comparison]:
-    """One Comparison per tensor, in causal order: nothing that was recorded is left out."""
+def compare_run(observed: Observed, reference: Reference, *, exact: bool = False) -> list[Comparison]:
+    """One Comparison per tensor, in causal order: nothing that was recorded is left out.
+
+    `exact` says that rounding is far below any bug (float64), so that what follows from an output tells of it.
+    """
     keys = causal_order(reference.trace, observed.ranks)
     backward = [key for key in keys if key[1] == "backward"]
     factors = activations.backward_factors(backward, observed, reference)
@@ -30,7 +33,8 @@ def compare_run(observed: Observed, reference: Reference) -> list[Comparison]:
             found.append(activations.compare(key, observed, reference, factors))
         else:
             found.append(parameters.compare(key, observed, reference))
-    return _only_where_gradients_differ(_without_random(found, observed, reference))
+    found = _only_where_gradients_differ(_without_random(found, observed, reference))
+    return _only_where_something_follows(found) if exact else found
 
 
 def _only_where_gradients_differ(found: list[Comparison]) -> list[Comparison]:
@@ -40,6 +44,24 @@ def _only_where_gradients_differ(found: list[Comparison]) -> list[Comparison]:
     return [
         replace(c, verdict=Verdict.NOT_CHECKED, reason=reason)
         if c.stage == "backward" and c.verdict is Verdict.DIFFERENT and c.step not in wrong
+        else c
+        for c in found
+    ]
+
+
+def _only_where_something_follows(found: list[Comparison]) -> list[Comparison]:
+    """An output that differs, where loss, gradients and weights of the step do not, is in another order or unused.
+
+    A model may sort its tokens or pack its sequences, and count what it sees: that is no wrong training.
+    """
+    after = [c for c in found if STAGES.index(c.stage) > STAGES.index("forward") and c.stage != "backward"]
+    wrong = {c.step for c in after if c.verdict is Verdict.DIFFERENT}
+    right = {c.step for c in after if c.stage == "gradient" and c.verdict in (Verdict.EQUAL, Verdict.ROUNDING)}
+    right -= {c.step for c in after if c.stage == "loss" and c.verdict is Verdict.NOT_CHECKED}
+    reason = "differs, yet the loss and every gradient and weight of the step are right: another order, or never used"
+    return [
+        replace(c, verdict=Verdict.NOT_CHECKED, reason=reason)
+        if c.stage == "forward" and c.verdict is Verdict.DIFFERENT and c.step in right - wrong
         else c
         for c in found
     ]

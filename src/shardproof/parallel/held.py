@@ -7,7 +7,7 @@ asks here, so that plain tensors, DTensors and FSDP's flat parameters are told a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -39,12 +39,17 @@ class Held:
     window: tuple[int, int] | None = None
     """Which elements of the flattened leaf belong to this name, where the leaf holds more than one."""
 
+    canonical: tuple[int, ...] | None = None
+    """Shape of the parameter on one device, where it is known."""
+
     group: dist.ProcessGroup | None = None
     """The ranks among which FSDP's flat parameter is cut; None for anything else."""
 
     @property
     def split_by_hand(self) -> bool:
-        """Whether this is a plain tensor smaller than the canonical one: tensor parallelism without DTensor."""
+        """Whether a plain tensor smaller than the canonical one was made: tensor parallelism without DTensor."""
+        if self.canonical is not None and self.piece.whole != self.canonical:
+            return True
         return not self.piece.declared and self.piece.shape != self.piece.whole
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -85,10 +90,11 @@ def held_parameters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]] | No
         for attribute, parameter in _attributes(module):
             name = join(prefix, attribute)
             if name in flat:
-                yield flat[name]
+                yield replace(flat[name], canonical=shapes.get(name))
             elif isinstance(parameter, nn.Parameter) and name not in tied and id(parameter) not in seen | hidden:
                 seen.add(id(parameter))
-                yield Held(name=name, leaf=parameter, piece=piece.of_tensor(parameter, shapes.get(name)))
+                place = piece.of_tensor(parameter, shapes.get(name))
+                yield Held(name=name, leaf=parameter, piece=place, canonical=shapes.get(name))
 
 
 def ties(model: nn.Module) -> tuple[tuple[str, ...], ...]:

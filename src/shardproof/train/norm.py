@@ -62,14 +62,18 @@ def _sharded_over(held: Held, mesh: DeviceMesh) -> Groups:
     grad = held.leaf.grad
     tensor = held.leaf if grad is None else grad
     if isinstance(tensor, DTensor):
-        return tuple(
+        groups: Groups = tuple(
             tensor.device_mesh.get_group(axis)
             for axis, placement in enumerate(tensor.placements)
             # FSDP's strided shard over a tp shard is a shard too, though `is_shard()` denies it.
             if isinstance(placement, Shard | _StridedShard) and tensor.device_mesh.size(axis) > 1
         )
-    groups: Groups = () if held.group is None else (held.group,)
-    # A flat parameter may be a piece of a tp shard, and a plain tensor smaller than the whole is split by hand.
-    if (held.split_by_hand or held.piece.shape != held.piece.whole) and mesh["tp"].size() > 1:
+        over_tp = held.split_by_hand
+    else:
+        groups = () if held.group is None else (held.group,)
+        # A flat parameter may be a piece of a tp shard.
+        over_tp = held.split_by_hand or held.piece.shape != held.piece.whole
+    # What is smaller than the parameter on one device, and says nothing of tp itself, was split over it by hand.
+    if over_tp and mesh["tp"].size() > 1:
         groups = (*groups, mesh.get_group("tp"))
     return groups

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from shardproof.errors import ExperimentError
 from shardproof.parallel import initial, mesh
@@ -161,7 +162,8 @@ class TracedRun:
                         f"Experiment.batches returned {type(given).__name__}; "
                         "it must return an iterable of this rank's batches, or yield them"
                     )
-                parts = [Microbatch(batch, 1 / per_step) for batch in islice(given, needed)]
+                # Copied: a loader may fill the same buffer again.
+                parts = [Microbatch(_copied(batch), 1 / per_step) for batch in islice(given, needed)]
         if len(parts) < needed:
             raise ExperimentError(
                 f"Experiment.batches ended after {len(parts)} micro-batches on rank {self.rank} under "
@@ -250,6 +252,10 @@ def _strangers(optimizer: Optimizer, parameters: list[Held]) -> tuple[str, ...]:
 def _left_behind(optimizer: Optimizer, parameters: list[Held]) -> tuple[str, ...]:
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return tuple(held.name for held in parameters if held.leaf.requires_grad and id(held.leaf) not in stepped)
+
+
+def _copied(batch: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, batch)
 
 
 def _countable(model: nn.Module) -> bool:
