@@ -276,8 +276,9 @@ def test_loss_and_step_get_the_very_object_that_parallelize_returned() -> None:
 
 
 def test_another_experiment_may_be_the_reference() -> None:
-    """Under test: `reference=` names another Experiment, whose own step and layout are not used either."""
-    agrees(sp.check(BASE, ("ddp",), 2, reference=replace(BASE, train_step=broken, parallelize=broken)))
+    """Under test: `reference=` names another Experiment, trained by its own step on one device, without its layout."""
+    agrees(sp.check(BASE, ("ddp",), 2, reference=replace(BASE, parallelize=broken)))
+    agrees(sp.check(replace(BASE, train_step=doubled), ("single",), 1, reference=replace(BASE, train_step=doubled)))
     other = sp.check(BASE, ("ddp",), 2, reference=replace(BASE, optimizer=adamw))
     assert other.first is not None
     assert other.first.stage in ("optimizer-state", "update")

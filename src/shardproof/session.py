@@ -74,7 +74,7 @@ class Session:
     def ranks(self) -> Ranks:
         """The ranks in use."""
         if self._ranks is None:
-            raise UsageError("this session has no ranks; call use() first")
+            raise UsageError("there are no ranks to work on; call use() first")
         return self._ranks
 
     def check(self, layout: Parallelism) -> Run:
@@ -216,10 +216,10 @@ class Session:
 
     def _notes(self, reads: Reads) -> tuple[str, ...]:
         read, wanted = len(reads.batches[0]), self.worker.experiment.batch_size
-        short = (
-            f"the data ranks read {read} samples in the first step; batch_size is {wanted}" if read != wanted else ""
-        )
-        return tuple(note for note in (reads.note, short) if note)
+        notes = [reads.note] if reads.note else []
+        if read != wanted:
+            notes.append(f"the data ranks read {read} samples in the first step; batch_size is {wanted}")
+        return tuple(notes)
 
     def _unclipped(self, name: str, layout: Parallelism) -> str | None:
         """Run a user's own clipping step once more with an unreachable limit, to see its gradients before clipping."""

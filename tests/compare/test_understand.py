@@ -124,8 +124,16 @@ def test_content_that_the_data_set_holds_twice_may_be_read_twice() -> None:
     assert found.misread is not None
 
 
-def test_content_that_cannot_be_traced_back_is_nobodys_business() -> None:
-    assert read("xy|xy", "xy|xy").misread is None
+def test_content_that_cannot_be_traced_back_is_not_judged_by_order_but_said_to_be_so() -> None:
+    found = read("xy|xy", "zw|zw")
+    assert found.misread is None
+    assert "not found in Experiment.data" in found.note
+
+
+def test_data_ranks_that_read_the_same_batch_are_seen_without_the_data_set() -> None:
+    found = read("xy|xy", "xy|xy").misread
+    assert found is not None
+    assert (found.cause, found.ranks) == ("batch-repeated-across-dp", (0, 1))
     assert read("ab|ab", "ab|ab", data=None).misread is None
 
 

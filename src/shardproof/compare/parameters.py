@@ -203,7 +203,7 @@ def _placed(
 def _judge_nested(
     held: Sequence[Held], inner: Mapping[int, list[Tensor]], want: Tensor, floor: float, observed: Observed
 ) -> tuple[Outcome, str, str]:
-    """Shards of pieces that were split over tp by hand: the pieces' place first, each shard's place in its piece next."""
+    """Shards of pieces that were split over tp by hand: the pieces' place first, then each shard's in its piece."""
     wants: dict[int, list[Tensor]] = {}
     layout = ""
     for replica, pieces in inner.items():
