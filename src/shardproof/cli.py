@@ -5,13 +5,15 @@ Nothing here imports torch before it is needed: `--help` and a mistyped option a
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -47,9 +49,24 @@ def main() -> None:
     """Entry point of `shardproof` and of `python -m shardproof`."""
     try:
         app(prog_name="shardproof")
+    except SystemExit as ended:
+        _leave(ended)
     except Exception as error:
         traceback.print_exc()
         raise SystemExit(BROKEN) from error
+
+
+def _leave(ended: SystemExit) -> NoReturn:
+    """End with this exit code, at once where torchrun started the process.
+
+    There an interpreter that shuts down sometimes aborts in torch's threads ("terminate called without an active
+    exception", torch 2.13 with gloo), and torchrun takes a finished check for a crash. Forked ranks end likewise.
+    """
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or not isinstance(ended.code, int | None):
+        raise ended
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended.code or 0)
 
 
 def _print_version(wanted: bool) -> None:

@@ -17,6 +17,10 @@ MAX_BYTES = 64 * 1024
 """Bytes shown of one rank and call, likewise."""
 
 
+_LINE_BUFFERED = 1
+"""_IOLBF of C's stdio.h, on Linux."""
+
+
 class Caught:
     """The output of one rank. The file has no name, so that nothing is left of it however the processes end."""
 
@@ -28,6 +32,9 @@ class Caught:
         """Run by the rank: whatever it writes to stdout and stderr from now on, native code included, is caught."""
         os.dup2(self._file.fileno(), 1)
         os.dup2(self._file.fileno(), 2)
+        # C holds back what it writes to a file; line by line, it stays in order with what Python writes.
+        native = ctypes.CDLL(None)
+        native.setvbuf(ctypes.c_void_p.in_dll(native, "stdout"), None, _LINE_BUFFERED, 0)
         # Not the parent's objects: a test runner or a notebook may have replaced them.
         sys.stdout, sys.stderr = _stream(1), _stream(2)
         # Likewise: under pytest, warnings are recorded in a list of the parent's, of which the rank has a copy.
