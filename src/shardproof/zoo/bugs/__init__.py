@@ -1,0 +1,1 @@
+"""The bugs, one file per family; `zoo.table` lists the files."""
