@@ -13,16 +13,12 @@ def _tell(result: BugResult | ControlResult) -> None:
     if isinstance(result, ControlResult):
         print("ok  " if result.ok else "FAIL", result.name, result.error, "" if result.ok else result.report)
         return
-    first = result.finding
-    marks = "".join(
-        mark if yes else "-" for mark, yes in (("D", result.detected), ("L", result.located), ("C", result.cause_first))
-    )
-    said = (
-        ""
-        if first is None
-        else f"{first.cause} @ {first.stage} {first.where} step {first.step} axis {first.axis} factor {first.factor} ranks {first.ranks}"
-    )
-    print(marks, result.name, f"[{result.cause}]", said or result.error, f"{result.time_s:.1f} s")
+    seen = (("D", result.detected), ("L", result.located), ("C", result.cause_first))
+    first, said = result.finding, result.error
+    if first is not None:
+        said = f"{first.cause} @ {first.stage} {first.where}, step {first.step}, axis {first.axis}, ranks {first.ranks}"
+        said += f", factor {first.factor}: {first.evidence}"
+    print("".join(mark if yes else "-" for mark, yes in seen), result.name, f"[{result.cause}]", said)
 
 
 if __name__ == "__main__":

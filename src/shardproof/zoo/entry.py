@@ -37,6 +37,9 @@ class Bug:
     """The public thread it was taken from."""
 
     build: Build
+    trusted: Build | None = None
+    """Builds the experiment to be trusted, where that is not the entry's own on one device (a step with a scaler)."""
+
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `check` beside the strategy, as `dtype`."""
 
@@ -49,16 +52,18 @@ class Control:
     summary: str
     layout: str
     build: Build
+    trusted: Build | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def bug(  # noqa: PLR0913  (the fields of an entry)
+def bug(
     *,
     cause: str,
     layout: str,
     stages: str | tuple[str, ...],
     where: str | tuple[str, ...],
     source: str,
+    trusted: Build | None = None,
     **options: Any,
 ) -> Callable[[Build], Bug]:
     """Make a `Bug` out of the function that builds its experiment; its docstring is the summary."""
@@ -73,17 +78,25 @@ def bug(  # noqa: PLR0913  (the fields of an entry)
             where=(where,) if isinstance(where, str) else where,
             source=source,
             build=build,
+            trusted=trusted,
             options=options,
         )
 
     return entry
 
 
-def control(*, layout: str, **options: Any) -> Callable[[Build], Control]:
+def control(*, layout: str, trusted: Build | None = None, **options: Any) -> Callable[[Build], Control]:
     """Make a `Control` out of the function that builds its experiment; its docstring is the summary."""
 
     def entry(build: Build) -> Control:
-        return Control(name=_name(build), summary=_summary(build), layout=layout, build=build, options=options)
+        return Control(
+            name=_name(build),
+            summary=_summary(build),
+            layout=layout,
+            build=build,
+            trusted=trusted,
+            options=options,
+        )
 
     return entry
 

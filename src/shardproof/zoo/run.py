@@ -84,8 +84,7 @@ def run_bug(bug: Bug, setting: Setting) -> BugResult:
     started = time.perf_counter()
     first, error = None, ""
     try:
-        report = check(bug.build(setting), (setting.layout(bug.layout),), **bug.options)
-        first = report.first
+        first = _checked(bug, setting).first
     except ShardproofError as raised:
         error = str(raised)
     return BugResult(
@@ -106,7 +105,7 @@ def run_control(control: Control, setting: Setting) -> ControlResult:
     started = time.perf_counter()
     report, error = None, ""
     try:
-        report = check(control.build(setting), (setting.layout(control.layout),), **control.options)
+        report = _checked(control, setting)
     except ShardproofError as raised:
         error = str(raised)
     return ControlResult(
@@ -116,3 +115,10 @@ def run_control(control: Control, setting: Setting) -> ControlResult:
         report=report,
         error=error,
     )
+
+
+def _checked(entry: Bug | Control, setting: Setting) -> Report:
+    options = dict(entry.options)
+    if entry.trusted is not None:
+        options["reference"] = entry.trusted(setting)
+    return check(entry.build(setting), (setting.layout(entry.layout),), **options)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shardproof.errors import UsageError
 from shardproof.spec.parallelism import Parallelism
+from shardproof.spec.strategies import parse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +46,14 @@ class Setting:
         """The parallelism of a kind of layout: `ddp`, `fsdp`, `hsdp`, `tp`, `tp_ddp` or `tp_fsdp`."""
         first, second = self.grid
         degrees = {
-            "ddp": {"dp_replicate": self.dp},
-            "fsdp": {"dp_shard": self.dp},
-            "hsdp": {"dp_replicate": first, "dp_shard": second},
-            "tp": {"tp": self.tp},
-            "tp_ddp": {"dp_replicate": first, "tp": second},
-            "tp_fsdp": {"dp_shard": first, "tp": second},
-        }[kind]
-        return Parallelism(**degrees, strategy=",".join(f"{axis}={size}" for axis, size in degrees.items()))
+            "ddp": f"dp_replicate={self.dp}",
+            "fsdp": f"dp_shard={self.dp}",
+            "hsdp": f"dp_replicate={first},dp_shard={second}",
+            "tp": f"tp={self.tp}",
+            "tp_ddp": f"dp_replicate={first},tp={second}",
+            "tp_fsdp": f"dp_shard={first},tp={second}",
+        }
+        return parse(degrees[kind])
 
     @property
     def heads(self) -> int:
@@ -66,5 +67,5 @@ class Setting:
 
     @property
     def length(self) -> int:
-        """Tokens of a sample: as many for every tensor-parallel rank, which hold slices of it in sequence parallelism."""
+        """Tokens of a sample: as many for every tensor-parallel rank, as sequence parallelism cuts it into slices."""
         return math.lcm(self.tp, self.grid[1]) * (2 if self.tp > 2 else 4)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from shardproof.errors import UsageError
 from shardproof.spec.patterns import matches
 from shardproof.spec.strategies import suggest
@@ -15,12 +13,8 @@ FAMILIES = (data_parallel,)
 """Files of bugs."""
 
 
-def _entries(module: ModuleType, kind: type[Bug] | type[Control]) -> list[Bug | Control]:
-    return [value for value in vars(module).values() if isinstance(value, kind)]
-
-
-BUGS: tuple[Bug, ...] = tuple(e for family in FAMILIES for e in _entries(family, Bug) if isinstance(e, Bug))
-CONTROLS: tuple[Control, ...] = tuple(e for e in _entries(controls, Control) if isinstance(e, Control))
+BUGS: tuple[Bug, ...] = tuple(entry for family in FAMILIES for entry in vars(family).values() if isinstance(entry, Bug))
+CONTROLS: tuple[Control, ...] = tuple(entry for entry in vars(controls).values() if isinstance(entry, Control))
 
 
 def chosen(patterns: tuple[str, ...]) -> tuple[tuple[Bug, ...], tuple[Control, ...]]:
@@ -28,7 +22,7 @@ def chosen(patterns: tuple[str, ...]) -> tuple[tuple[Bug, ...], tuple[Control, .
 
     Raises `UsageError` where a pattern matches nothing.
     """
-    names = [entry.name for entry in (*BUGS, *CONTROLS)]
+    names = [*(bug.name for bug in BUGS), *(control.name for control in CONTROLS)]
     causes = sorted({bug.cause for bug in BUGS})
     patterns = tuple(pattern.replace("-", "_") if pattern not in causes else pattern for pattern in patterns)
     for pattern in patterns:
