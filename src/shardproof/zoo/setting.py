@@ -53,7 +53,7 @@ class Setting:
             "tp_ddp": f"dp_replicate={first},tp={second}",
             "tp_fsdp": f"dp_shard={first},tp={second}",
         }
-        return parse(degrees[kind])
+        return parse(degrees[kind], None)
 
     @property
     def heads(self) -> int:
