@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from shardproof.compare.reads import Reads, digest_of, understand
+from shardproof.compare.verdict import Comparison
 from shardproof.compare.view import Observed
 from shardproof.diagnose.applied import check_applied, sharded_over
-from shardproof.diagnose.explain import Facts, explain
+from shardproof.diagnose.at_once import at_once
+from shardproof.diagnose.case import Facts
+from shardproof.diagnose.explain import first_divergence, needs_numbers
 from shardproof.errors import StrategyError, UsageError
 from shardproof.parallel.mesh import axis_of
 from shardproof.parallel.plan import splits_batch
@@ -91,6 +94,7 @@ class Session:
         self.progress.starting(f"comparing {layout.strategy} with the reference")
         observed = self._observed(layout, reads)
         unclipped = self._unclipped(name, layout)
+        parts = self._parts(layout, reads) if trusted.by_parts else ()
         compared = self.ranks.call(
             "compare",
             name,
@@ -98,7 +102,7 @@ class Session:
             trusted.floors,
             observed,
             unclipped,
-            self._parts(layout, reads) if trusted.by_parts else (),
+            parts,
             ranks=[0],
             during=f"the comparison of {layout.strategy}",
         )[0]
@@ -115,12 +119,28 @@ class Session:
             misread=reads.misread,
             not_applied=check_applied(pieces, collectives, layout),
         )
+        findings = [found] if (found := at_once(compared, facts)) is not None else []
+        if needs_numbers(compared, facts):
+            self.progress.starting(f"seeking the cause of the divergence of {layout.strategy}")
+            again = self._again(name, layout, compared)
+            arguments = (
+                trusted.name,
+                trusted.floors,
+                observed,
+                (unclipped, again),
+                parts,
+                compared,
+                facts,
+                reads.sources,
+            )
+            during = f"the search for the cause in {layout.strategy}"
+            findings = [self.ranks.call("explain", name, *arguments, ranks=[0], during=during)[0]]
         shown = tuple(rank for rank in self.show if rank < layout.world_size)
         run = Run(
             strategy=layout.strategy,
             degrees=dict(zip(AXES, layout.degrees, strict=True)),
             comparisons=tuple(compared),
-            findings=tuple(explain(compared, facts)),
+            findings=tuple(findings),
             sharded=sharded_over(pieces, layout),
             collectives=collectives,
             notes=self._notes(reads),
@@ -220,6 +240,15 @@ class Session:
         if read != wanted:
             notes.append(f"the data ranks read {read} samples in the first step; batch_size is {wanted}")
         return tuple(notes)
+
+    def _again(self, name: str, layout: Parallelism, compared: Sequence[Comparison]) -> str | None:
+        """Repeat a run up to its first divergence, with the inputs of all modules; None where that tells nothing."""
+        first = first_divergence(compared)
+        if first is None or first.step < 0:
+            return None
+        again = f"{name}-again"
+        self._train(again, layout, Variant(inputs=True, steps=first.step + 1))
+        return again
 
     def _unclipped(self, name: str, layout: Parallelism) -> str | None:
         """Run a user's own clipping step once more with an unreachable limit, to see its gradients before clipping."""

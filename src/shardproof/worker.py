@@ -16,9 +16,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardproof.compare.assemble import assemble
 from shardproof.compare.measure import distance, largest
+from shardproof.compare.parameters import compare as compare_parameter
 from shardproof.compare.run import compare_run
 from shardproof.compare.verdict import Comparison
 from shardproof.compare.view import Observed, Reference
+from shardproof.diagnose.case import Case, Facts
+from shardproof.diagnose.explain import explain, first_divergence
+from shardproof.diagnose.finding import Finding
 from shardproof.errors import ExperimentError, StrategyError
 from shardproof.parallel.data import GlobalBatches, Microbatch, cast, dataset_of
 from shardproof.parallel.initial import default_dtype
@@ -31,6 +35,8 @@ from shardproof.spec.parallelism import Parallelism
 from shardproof.trace.file import Trace, save
 from shardproof.trace.reads import digests
 from shardproof.trace.transfer import receive_file, send_file
+from shardproof.train.contributions import Contribution, contributions, restore
+from shardproof.train.probe import Probe
 from shardproof.train.run import Settings, Summary, TracedRun, Variant
 
 SINGLE = Parallelism(strategy="single")
@@ -178,6 +184,65 @@ class Worker:
             before = {c.key: c for c in again if c.stage == "gradient" and c.step == 0}
             found = [before.get(c.key, c) for c in found]
         return found
+
+    def explain(  # noqa: PLR0913 (all that is known of a run)
+        self,
+        place: Place,
+        name: str,
+        trusted: str,
+        floors: Mapping[int, float],
+        observed: Observed,
+        again: Sequence[str | None],
+        parts: Sequence[Sequence[tuple[int, int]]],
+        compared: Sequence[Comparison],
+        facts: Facts,
+        sources: Sequence[Sequence[tuple[int, int]]],
+    ) -> Finding | None:
+        """Seek the cause of a run's first divergence, on this rank alone.
+
+        `again` names the run without a user's own clipping, and the one with the inputs of every module; `sources` is
+        `Replay.sources`.
+        """
+        first = first_divergence(compared)
+        if first is None:
+            return None
+        reference = Reference(trace=Trace(self.trace(trusted, 0)), floors=floors, parts=parts)
+        observed = replace(observed, ranks=self._traces(name, observed))
+        others = [None if n is None else replace(observed, ranks=self._traces(n, observed)) for n in again]
+        for comparison in compared:
+            if comparison.stage == "initial-state":
+                # Where plain pieces lie is told by their initial values, as in the comparison itself.
+                compare_parameter(comparison.key, observed, reference)
+        with place.world(f"{name}-cause", 1):
+            run = self._single(place, Variant())
+            step = max(first.step, 0)
+            batches = {rank: torch.load(self._batches(name, rank), weights_only=False) for rank, _ in sources[step]}
+            tp = observed.parallelism.tp
+            given = [
+                (rank, m, len(digests(batches[rank][step][m])), batches[rank][step][m]) for rank, m in sources[step]
+            ]
+            known: dict[int, Sequence[Contribution]] = {}
+
+            def contribute(at: int) -> Sequence[Contribution]:
+                if at not in known:
+                    known[at] = contributions(run, reference.trace, at, given, lambda rank: rank // tp)
+                    restore(run, reference.trace, at)
+                return known[at]
+
+            restore(run, reference.trace, step)
+            return explain(
+                Case(
+                    comparisons=compared,
+                    first=first,
+                    facts=facts,
+                    observed=observed,
+                    reference=reference,
+                    unclipped=others[0],
+                    again=others[1],
+                    contribute=contribute,
+                    probe=Probe(run),
+                )
+            )
 
     def _traces(self, name: str, observed: Observed) -> list[Trace]:
         return [Trace(self.trace(name, rank)) for rank in range(observed.parallelism.world_size)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -273,6 +274,81 @@ def _declared(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
 
 def _judge(cell: Cell, got: list[Tensor], want: list[Tensor], floor: float) -> Outcome:
     return judge([Pair(rank=r, got=g, want=w) for r, g, w in zip(cell.ranks, got, want, strict=True)], floor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aligned:
+    """What one rank showed in one call, and which elements of any tensor of its part of the batch are in its place."""
+
+    cell: Cell
+    rank: int
+    got: Tensor
+    """In float64."""
+    part: Tensor
+    """The reference's tensor for the cell's part of the batch, in float64."""
+    take: Callable[[Tensor], Tensor]
+    """This rank's elements of a tensor shaped like `part`."""
+    dim: int | None = None
+    """Along which the peers hold slices; None where each holds all of it."""
+
+    @property
+    def want(self) -> Tensor:
+        """What the rank should hold."""
+        return self.take(self.part)
+
+
+def aligned(key: Key, observed: Observed, reference: Reference) -> list[Aligned]:
+    """Every rank's output beside the reference's, as shapes alone say that they lie; empty where they do not say it."""
+    wholes = reference.tensors(key)
+    calls = reference.calls(key[0], len(wholes))
+    cells, problem = cells_of(key, observed, calls=max(calls, 1))
+    if problem or not wholes:
+        return []
+    found: list[Aligned] = []
+    for cell in cells:
+        whole, place = _counterpart(cell, wholes, calls, observed, reference)
+        own = next((made for part in parts_of(whole, place) if (made := _aligned(cell, wide(part)))), None)
+        if own is None:
+            return []
+        found += own
+    return found
+
+
+def _aligned(cell: Cell, part: Tensor) -> list[Aligned] | None:
+    tensors = list(cell.tensors)
+    pieces = {rank: record.piece for rank, record in zip(cell.ranks, cell.records, strict=True)}
+    if any(piece is not None for piece in pieces.values()):
+        done = settled(dict(zip(cell.ranks, tensors, strict=True)), pieces)
+        if any(piece is None or piece.whole != tuple(part.shape) for piece in pieces.values()):
+            return None
+        return [
+            Aligned(cell=cell, rank=rank, got=wide(done[rank]), part=part, take=piece.take)
+            for rank, piece in pieces.items()
+            if piece is not None
+        ]
+    if all(tensor.shape == part.shape for tensor in tensors):
+        return [
+            Aligned(cell=cell, rank=rank, got=wide(tensor), part=part, take=lambda whole: whole)
+            for rank, tensor in zip(cell.ranks, tensors, strict=True)
+        ]
+    dim = split_dim(tensors, tuple(part.shape))
+    if dim is None:
+        return None
+    return [
+        Aligned(
+            cell=cell,
+            rank=rank,
+            got=wide(tensor),
+            part=part,
+            take=partial(_slice, tensors, dim, number),
+            dim=dim,
+        )
+        for number, (rank, tensor) in enumerate(zip(cell.ranks, tensors, strict=True))
+    ]
+
+
+def _slice(tensors: list[Tensor], dim: int, number: int, whole: Tensor) -> Tensor:
+    return in_order(tensors, whole, dim)[number]
 
 
 def backward_factors(keys: list[Key], observed: Observed, reference: Reference) -> dict[tuple[int, int], float]:

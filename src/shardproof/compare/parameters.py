@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from shardproof.compare.measure import Outcome, Pair, judge, scale, ulp
 from shardproof.compare.nested import inner_pieces
 from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
-from shardproof.compare.view import Key, Observed, Reference
+from shardproof.compare.view import Key, Observed, Reference, stand_in
 from shardproof.parallel.piece import Piece
 from shardproof.spec.parallelism import AXES
 from shardproof.trace.record import Record
@@ -30,7 +30,7 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     held = list(observed.held(key))
     wholes = reference.tensors(key)
     base = Comparison(step=step, stage=stage, name=name, part=part, verdict=Verdict.NOT_CHECKED)
-    if not held or not reference.trace.by_key.get(key):
+    if not held or not reference.trace.by_key.get(stand_in(key, reference.trace)):
         return replace(base, reason=_no_partner(bool(held), key))
     shape = next((record.piece.whole for _, record, _ in held if record.piece is not None), ())
     want = wholes[0] if wholes else None
@@ -102,7 +102,7 @@ def _gap(pieces: Sequence[Piece | None], wanted: int) -> str:
     known = {piece for piece in pieces if piece is not None}
     if not known:
         return "its shape is not its parameter's, so that its place in the whole is not known"
-    if any(_by_hand(piece) for piece in known):
+    if any(is_by_hand(piece) for piece in known):
         return ""
     covered = sum(math.prod(piece.local_shape) for piece in {replace(piece, pending=()) for piece in known})
     return f"the ranks show {covered} of {wanted} elements" if covered < wanted else ""
@@ -135,14 +135,15 @@ def _expected(record: Record, want: Tensor) -> Tensor:
 
 
 def _judge(present: Sequence[Held], want: Tensor, floor: float, observed: Observed) -> tuple[Outcome, str, str]:
-    by_hand = [h for h in present if h[1].piece is not None and _by_hand(h[1].piece)]
+    by_hand = [h for h in present if h[1].piece is not None and is_by_hand(h[1].piece)]
     if by_hand:
         return _judge_by_hand(by_hand, want, floor, observed)
     pairs = [Pair(rank=rank, got=tensor, want=piece.take(want), piece=piece) for rank, piece, tensor in summed(present)]
     return judge(pairs, floor), describe([(rank, r.piece) for rank, r, _ in present if r.piece], observed), ""
 
 
-def _by_hand(piece: Piece) -> bool:
+def is_by_hand(piece: Piece) -> bool:
+    """Whether a plain tensor is smaller than the whole, so that only values tell where it lies."""
     return not piece.declared and piece.shape != piece.whole
 
 
@@ -163,41 +164,60 @@ def _judge_by_hand(held: Sequence[Held], want: Tensor, floor: float, observed: O
         pieces = [tensors[rank] for rank in peers]
         if not pieces:
             continue
-        placed = _placed(held[0][1].name, data_rank, pieces, want, floor, observed)
+        placed = placed_by_hand(held[0][1].name, data_rank, pieces, want, floor, observed)
         if isinstance(placed, str):
             return Outcome.impossible(peers), "", placed
-        wants, dim, layout = placed
+        layout = placed.layout
         for rank, piece, expected, start in zip(
-            peers, pieces, wants, starts(pieces, want.shape[dim], dim), strict=True
+            peers, pieces, placed.take(want), starts(pieces, want.shape[placed.dim], placed.dim), strict=True
         ):
-            offset = tuple(start if d == dim else 0 for d in range(want.dim()))
+            offset = tuple(start if d == placed.dim else 0 for d in range(want.dim()))
             pairs.append(Pair(rank=rank, got=piece, want=expected, offset=offset))
     return judge(pairs, floor), layout, ""
 
 
-def _placed(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlacedByHand:
+    """Where the plain pieces of a tp group lie in a whole."""
+
+    dim: int
+    pieces: list[Tensor]
+    order: list[Tensor] | None
+    """Which slices each piece holds; None where they lie one after the other."""
+
+    @property
+    def layout(self) -> str:
+        """In words."""
+        return f"tp: {'' if self.order is None else 'rearranged '}slices of dim {self.dim}"
+
+    def take(self, whole: Tensor) -> list[Tensor]:
+        """What each piece holds of a whole tensor."""
+        if self.order is None:
+            return in_order(self.pieces, whole, self.dim)
+        return [whole.index_select(self.dim, index) for index in self.order]
+
+
+def placed_by_hand(
     name: str, group: int, pieces: list[Tensor], want: Tensor, floor: float, observed: Observed
-) -> tuple[list[Tensor], int, str] | str:
-    """What the pieces of a tp group should hold, the dim they split and that in words; or why they make up no whole."""
+) -> PlacedByHand | str:
+    """Where the pieces of a tp group lie; or why they make up no whole."""
     declared = observed.declared(name).get("tp")
     dim = split_dim(pieces, tuple(want.shape), declared)
     if dim is None:
         shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
         along = "" if declared is None else f" along dim {declared}, as placements declares"
         return f"pieces {shapes} do not tile the whole {tuple(want.shape)}{along}"
-    wants = in_order(pieces, want, dim)
     known = observed.found.get((name, group))
     if known is not None and known[0] == dim:
         order = known[1]
     else:
+        wants = in_order(pieces, want, dim)
         plain = judge([Pair(rank=0, got=g, want=w) for g, w in zip(pieces, wants, strict=True)], floor)
         wrong = plain.verdict is Verdict.DIFFERENT and declared is None
         order = slices(pieces, want, dim, floor) if wrong else None
         if (order is not None or not wrong) and tells(want, dim, floor):
             observed.found[name, group] = (dim, order)
-    if order is None:
-        return wants, dim, f"tp: slices of dim {dim}"
-    return [want.index_select(dim, index) for index in order], dim, f"tp: rearranged slices of dim {dim}"
+    return PlacedByHand(dim=dim, pieces=pieces, order=order)
 
 
 def _judge_nested(
@@ -207,10 +227,10 @@ def _judge_nested(
     wants: dict[int, list[Tensor]] = {}
     layout = ""
     for replica, pieces in inner.items():
-        placed = _placed(held[0][1].name, replica, pieces, want, floor, observed)
+        placed = placed_by_hand(held[0][1].name, replica, pieces, want, floor, observed)
         if isinstance(placed, str):
             return Outcome.impossible([rank for rank, _, _ in held]), "", placed
-        wants[replica], _, layout = placed
+        wants[replica], layout = placed.take(want), placed.layout
     pairs = []
     for rank, record, tensor in held:
         if tensor is not None and record.piece is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shardproof.compare import activations, batches, losses, parameters
+from shardproof.compare.draws import misdrawn
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference, causal_order
 from shardproof.spec.stages import STAGES
@@ -33,7 +34,7 @@ def compare_run(observed: Observed, reference: Reference, *, exact: bool = False
             found.append(activations.compare(key, observed, reference, factors))
         else:
             found.append(parameters.compare(key, observed, reference))
-    found = _only_where_gradients_differ(_without_random(found, observed, reference))
+    found = _only_where_gradients_differ(_with_draws(_without_random(found, observed, reference), observed))
     return _only_where_something_follows(found) if exact else found
 
 
@@ -65,6 +66,15 @@ def _only_where_something_follows(found: list[Comparison]) -> list[Comparison]:
         else c
         for c in found
     ]
+
+
+def _with_draws(found: list[Comparison], observed: Observed) -> list[Comparison]:
+    """What was drawn wrongly is different, whatever values it has."""
+    wrong = misdrawn(observed)
+    if wrong is None:
+        return found
+    key, reason, ranks = wrong
+    return [replace(c, verdict=Verdict.DIFFERENT, reason=reason, ranks=ranks) if c.key == key else c for c in found]
 
 
 def _without_random(found: list[Comparison], observed: Observed, reference: Reference) -> list[Comparison]:

@@ -17,6 +17,15 @@ Key = tuple[int, str, str, str]
 """Step, stage, name, part."""
 
 
+def stand_in(key: Key, trace: Trace) -> Key:
+    """Under which key a trace shows what stood at the end of a step, where nobody changed it before the next one."""
+    step, stage, name, part = key
+    if stage != "checkpoint" or key in trace.by_key:
+        return key
+    ends = ((step, end, name, part) for end in ("update", "optimizer-state", "buffer"))
+    return next((end for end in ends if end in trace.by_key), key)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """The trusted run, on one device, and how far rounding alone moves each of its tensors."""
@@ -39,12 +48,14 @@ class Reference:
 
     def floor(self, key: Key) -> float:
         """The largest floor among the records of a key."""
-        return max((self.floors.get(number, 0.0) for number in self.trace.by_key.get(key, ())), default=0.0)
+        numbers = self.trace.by_key.get(stand_in(key, self.trace), ())
+        return max((self.floors.get(number, 0.0) for number in numbers), default=0.0)
 
     def tensors(self, key: Key) -> list[Tensor]:
         """The whole tensors of a key, one per call of the module, in the order of the calls."""
         # Backward visits calls in reverse; the record knows which call it belongs to.
-        numbers = sorted(self.trace.by_key.get(key, ()), key=lambda number: self.trace.records[number].call)
+        found = self.trace.by_key.get(stand_in(key, self.trace), ())
+        numbers = sorted(found, key=lambda number: self.trace.records[number].call)
         return [self.trace.tensor(n) for n in numbers if not self.trace.records[n].missing]
 
 
@@ -75,7 +86,7 @@ class Observed:
     def held(self, key: Key) -> Iterator[tuple[int, Record, Tensor | None]]:
         """(rank, record, tensor) of every piece of a key, rank by rank, in the order of the calls."""
         for rank, trace in enumerate(self.ranks):
-            for number in trace.by_key.get(key, ()):
+            for number in trace.by_key.get(stand_in(key, trace), ()):
                 record = trace.records[number]
                 yield rank, record, None if record.missing else trace.tensor(number)
 

@@ -41,6 +41,17 @@ CAUSES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Hypothesis:
+    """One explanation that was held against the numbers."""
+
+    name: str
+    """As `one factor on all gradients`."""
+    residual: float
+    """What it leaves unexplained, in noise floors: `inf` where it says nothing at all."""
+    holds: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
     """Where a run first leaves the reference, by how much, and why."""
 
@@ -73,3 +84,9 @@ class Finding:
 
     comparison: Comparison | None = None
     """The first wrong tensor, with a few of its values side by side."""
+
+    polluted: int = 0
+    """Later tensors that differ as well, and only because this one does, as far as that could be told."""
+
+    tried: tuple[Hypothesis, ...] = ()
+    """The hypotheses that were held against the numbers, in order."""

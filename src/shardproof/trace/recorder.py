@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from shardproof.parallel import piece
 from shardproof.parallel.held import Held, plain
@@ -24,6 +25,9 @@ from shardproof.trace.file import save
 from shardproof.trace.leaves import leaves
 from shardproof.trace.record import Record
 
+State = tuple[str, str, str, Tensor, Piece | None]
+"""Stage, name, part, tensor and where it lies."""
+
 
 class Recorder:
     """Everything that one rank shows of its steps, in the order in which it happens.
@@ -31,9 +35,13 @@ class Recorder:
     `train.step.Observer` is the part of it that the step itself speaks to.
     """
 
-    def __init__(self, device: torch.device, *, clipped_by_user: bool = False) -> None:
-        """`clipped_by_user`: the optimizer sees gradients that the user's own step has clipped."""
+    def __init__(self, device: torch.device, *, clipped_by_user: bool = False, inputs: bool = False) -> None:
+        """`clipped_by_user`: the optimizer sees gradients that the user's own step has clipped.
+
+        `inputs`: what enters each module is recorded as well, and the gradient that leaves it there.
+        """
         self.device = device
+        self._inputs = inputs
         self._clipped_by_user = clipped_by_user
         self.entries: list[tuple[Record, Tensor | None]] = []
         self._step = -1
@@ -43,24 +51,45 @@ class Recorder:
         self._seen: set[str] = set()
         self._generator = 0
         self._parameters: list[Held] = []
+        self._left: dict[tuple[str, str], Tensor] = {}
+        """(name, part) of weights, optimizer state and buffers -> what the last step left."""
+        self._resumed = True
+        self._state: Callable[[], Iterable[State]] = tuple
 
     # What is watched.
 
-    def attach(self, model: nn.Module, parameters: list[Held], optimizer: Optimizer) -> None:
-        """Hook every module's output and the optimizer's step; record the state before the first step."""
+    def attach(
+        self,
+        model: nn.Module,
+        parameters: list[Held],
+        optimizer: Optimizer,
+        now: Callable[[], Iterable[Held]] | None = None,
+    ) -> None:
+        """Hook every module's output and the optimizer's step; record the state before the first step.
+
+        `now` finds the model's parameters again, where somebody may have put others in their place.
+        """
         self._parameters = parameters
+        self._state = lambda: self._state_of(model, parameters if now is None else now(), optimizer)
+        model.register_forward_pre_hook(_untraced(lambda _module, _args: self._resume()), prepend=True)
         for name, module in canonical_modules(model):
             module.register_forward_hook(_untraced(partial(self._output, name or ROOT)))
+            if self._inputs:
+                # Before the hooks of a layout, which may turn the input into something else.
+                hook = _untraced(partial(self._input, name or ROOT))
+                module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         optimizer.register_step_pre_hook(lambda _optimizer, args, kwargs: self._before_optimizer(args, kwargs))
-        for held in parameters:
-            self._add("initial-state", held.name, held.local(held.leaf), where=held.piece)
-        self._buffers("initial-state", model)
-        self._optimizer_state("initial-state", optimizer)
+        order = {"update": 0, "buffer": 1, "optimizer-state": 2}
+        for _, name, part, tensor, where in sorted(
+            self._state_of(model, parameters, optimizer), key=lambda s: order[s[0]]
+        ):
+            self._add("initial-state", name, tensor, part=part, where=where)
 
     def loss(self, loss: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
         """The experiment's loss, with what it returns recorded."""
 
         def recorded(model: nn.Module, batch: Any) -> Any:
+            self._resume()
             value = loss(model, batch)
             call, self._microbatch = self._microbatch, self._microbatch + 1
             draws = self._draws()
@@ -87,6 +116,18 @@ class Recorder:
             for path, leaf in leaves(batch):
                 self._add("batch", "batch", leaf, part=path, call=call, weight=weight)
         self._open = True
+        self._resumed = False
+
+    def _resume(self) -> None:
+        """Before the first forward pass of a step: whatever is not as the step before left it was loaded or changed."""
+        if self._resumed or not self._open:
+            return
+        self._resumed = True
+        for _, name, part, tensor, where in self._state() if self._left else ():
+            left = self._left.get((name, part))
+            if left is not None and not torch.equal(_as_kept(tensor), left):
+                # Of the step before: that is where it belongs in the order of causes.
+                self._add("checkpoint", name, tensor, part=part, where=where, step=self._step - 1)
 
     def gradients(self) -> None:
         """Gradients are complete and not yet clipped."""
@@ -104,10 +145,11 @@ class Recorder:
         self._open = False
         value = logged if isinstance(logged, Tensor) else torch.as_tensor(float(logged), dtype=torch.float64)
         self._add("loss", ROOT, value, part="logged")
-        self._optimizer_state("optimizer-state", optimizer)
-        for held in parameters:
-            self._add("update", held.name, held.local(held.leaf), where=held.piece)
-        self._buffers("buffer", model)
+        self._left = {}
+        for stage, name, part, tensor, where in self._state_of(model, parameters, optimizer):
+            kept = self._add(stage, name, tensor, part=part, where=where)
+            if kept is not None:
+                self._left[name, part] = kept
 
     def save(self, path: Path) -> None:
         """Write everything recorded so far to `path`."""
@@ -152,31 +194,56 @@ class Recorder:
             if leaf.requires_grad and not leaf.is_leaf:
                 leaf.register_hook(partial(self._output_gradient, name, path, call))  # type: ignore[no-untyped-call]
 
+    def _input(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._open or torch._C._current_graph_task_id() != -1:
+            return None
+        call = self._calls[name, "input"]
+        self._calls[name, "input"] += 1
+        for path, leaf in leaves((args, kwargs)):
+            self._add("input", name, leaf, part=path, call=call)
+        if sum(1 for _ in leaves((args, kwargs))) != 1:
+            return None
+
+        def watched(leaf: Tensor) -> Tensor:
+            if not leaf.requires_grad:
+                return leaf
+            # A name of its own, so that only what this module sends back arrives there.
+            own = leaf.view_as(leaf)
+            own.register_hook(partial(self._input_gradient, name, call))  # type: ignore[no-untyped-call]
+            return own
+
+        return tree_map_only(Tensor, watched, (args, kwargs))
+
+    def _input_gradient(self, name: str, call: int, grad: Tensor) -> None:
+        if self._open:
+            self._add("input-gradient", name, grad, call=call)
+
     def _output_gradient(self, name: str, path: str, call: int, grad: Tensor) -> None:
         if self._open:
             self._add("backward", name, grad, part=path, call=call)
 
-    def _buffers(self, stage: str, model: nn.Module) -> None:
-        for name, buffer in canonical_buffers(model):
-            if isinstance(buffer, Tensor):
-                self._add(stage, name, buffer, where=piece.of_tensor(buffer))
-
-    def _optimizer_state(self, stage: str, optimizer: Optimizer) -> None:
+    def _state_of(self, model: nn.Module, parameters: Iterable[Held], optimizer: Optimizer) -> Iterator[State]:
+        """What a step leaves behind, in the order of causes: optimizer state, weights, buffers."""
         for held in self._parameters:
             if 0 in held.piece.local_shape:
                 # Of a parameter of which this rank holds nothing, it need not count steps either.
                 continue
             for key, value in optimizer.state.get(held.leaf, {}).items():
                 if isinstance(value, Tensor) and value.dim() > 0 and value.shape == held.leaf.shape:
-                    self._add(stage, held.name, held.local(value), part=key, where=held.piece_of(value))
+                    yield "optimizer-state", held.name, key, held.local(value), held.piece_of(value)
                 elif isinstance(value, int | float | Tensor):
                     # Of another shape than its parameter (a factored moment): whole only if the parameter is.
                     scalar = torch.as_tensor(value) if not isinstance(value, Tensor) else value
                     whole = scalar.dim() == 0 or held.piece.local_shape == held.piece.whole
                     where = piece.of_tensor(scalar) if whole or isinstance(scalar, DTensor) else None
-                    self._add(stage, held.name, scalar, part=key, where=where)
+                    yield "optimizer-state", held.name, key, scalar, where
+        for held in parameters:
+            yield "update", held.name, "", held.local(held.leaf), held.piece
+        for name, buffer in canonical_buffers(model):
+            if isinstance(buffer, Tensor):
+                yield "buffer", name, "", buffer, piece.of_tensor(buffer)
 
-    def _add(
+    def _add(  # noqa: PLR0913 (the fields of a record)
         self,
         stage: str,
         name: str,
@@ -187,13 +254,14 @@ class Recorder:
         where: Piece | None = None,
         draws: int = 0,
         weight: float = 1.0,
-    ) -> None:
+        step: int | None = None,
+    ) -> Tensor | None:
         if isinstance(tensor, DTensor) and where is None:
             where = piece.of_tensor(tensor)
         if where is not None and tensor is not None and tensor.is_complex():
             where = where.as_real()
         record = Record(
-            step=self._step,
+            step=self._step if step is None else step,
             stage=stage,
             name=name,
             part=part,
@@ -203,7 +271,9 @@ class Recorder:
             draws=draws,
             weight=weight,
         )
-        self.entries.append((record, None if tensor is None else _kept(tensor)))
+        kept = None if tensor is None else _kept(tensor)
+        self.entries.append((record, kept))
+        return kept
 
     def _draws(self) -> int:
         """Fingerprint of the generators if they have been drawn from since the step began, else 0."""
@@ -219,9 +289,13 @@ def _kept(tensor: Tensor) -> Tensor:
 
     safetensors knows neither sparse tensors nor complex numbers, and a distance is a real number.
     """
+    return _as_kept(tensor).clone()
+
+
+def _as_kept(tensor: Tensor) -> Tensor:
     tensor = plain(tensor.detach())
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
-    return torch.view_as_real(tensor.resolve_conj()).clone() if tensor.is_complex() else tensor.clone()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:

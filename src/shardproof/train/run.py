@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ class Variant:
     draw: int | None = None
     """Number of the random one-ulp disturbance of parameters and inputs, or None."""
 
+    inputs: bool = False
+    """What enters each module is recorded as well."""
+
+    steps: int | None = None
+    """Steps to run, or None for all of them."""
+
     widened: bool = False
     """Initial values are made in the run's dtype, and the arithmetic is done in float64."""
 
@@ -98,7 +105,7 @@ class TracedRun:
     ) -> None:
         self.experiment, self.parallelism, self.rank = experiment, parallelism, rank
         self.settings, self.variant = settings, variant
-        self.steps = 1 if variant.unclipped else settings.steps
+        self.steps = 1 if variant.unclipped else variant.steps or settings.steps
         self.mesh, data_group = mesh.build(parallelism, settings.device.type)
         self.data_rank = parallelism.coordinates(rank)["dp"]
         self.disturbance = None if variant.draw is None else Disturbance(variant.draw)
@@ -122,8 +129,10 @@ class TracedRun:
             clipped_by_user=experiment.train_step is not None
             and experiment.max_grad_norm is not None
             and not variant.unclipped,
+            inputs=variant.inputs,
         )
-        self.recorder.attach(self.root, self.parameters, self.optimizer)
+        now = partial(held_parameters, self.root, self.shapes)
+        self.recorder.attach(self.root, self.parameters, self.optimizer, now)
         self.template = Step(
             model=laid_out,
             optimizer=self.optimizer,

@@ -1,0 +1,211 @@
+"""Right values in wrong places: swapped shards, permuted rows, fused blocks cut as if they were one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from shardproof.compare.activations import aligned, best_fit
+from shardproof.compare.layouts import slices
+from shardproof.compare.measure import largest, wide
+from shardproof.compare.shares import Share
+from shardproof.compare.verdict import Verdict
+from shardproof.diagnose.case import Case, Diagnosis
+from shardproof.diagnose.factors import axis_name
+from shardproof.diagnose.origin import fed
+from shardproof.spec.parallelism import AXES
+
+BLOCKS = (3, 2, 4, 6)
+"""Numbers of fused blocks that are tried: query, key and value; gate and up."""
+
+
+def of_parameter(case: Case) -> Diagnosis | None:
+    """A weight whose pieces are all in the reference's, but elsewhere."""
+    held = case.shares(case.first)
+    want = case.reference.tensors(case.first.key)
+    if not held or not want or want[0].numel() < 2:
+        return _torn(case)
+    whole = wide(want[0])
+    wrong = [share for share in held if largest((share.got - share.take(whole)).abs()) > 0]
+    swapped = _swapped(wrong, held, whole)
+    if swapped and case.fits("each wrong piece is another rank's", 0.0):
+        said = "; ".join(f"rank {rank} holds the piece of rank {other}" for rank, other in list(swapped.items())[:4])
+        return _permuted(case, f"{said}: right values on the wrong ranks", axis=_axis(swapped, case))
+    order = _rows(wrong, whole)
+    if order is not None and case.fits("the slices are right, in another order", 0.0):
+        dim, index = order
+        moved = [i for i, at in enumerate(index) if at != i][:6]
+        said = ", ".join(f"{i} holds {index[i]}" for i in moved)
+        return _permuted(
+            case, f"its slices along dim {dim} are the reference's in another order: {said} ...", axis=None
+        )
+    if _same_values(wrong, held, whole) and case.fits("the values are right, in other places", 0.0):
+        return _permuted(case, "it holds the reference's values, each once, in other places", axis=None)
+    return None
+
+
+def _torn(case: Case) -> Diagnosis | None:
+    """Plain pieces that tile no whole: a slice that two ranks hold, and one that nobody does."""
+    observed, want = case.observed, case.reference.tensors(case.first.key)
+    if not want or case.facts.parallelism.tp == 1:
+        return None
+    tensors = {rank: tensor for rank, _, tensor in observed.held(case.first.key) if tensor is not None}
+    peers = [rank for rank in observed.tp_peers(0) if rank in tensors]
+    found: dict[int, tuple[int, ...]] = {}
+    for rank in peers:
+        at = _found_at(wide(tensors[rank]), wide(want[0]))
+        if at is None:
+            return None
+        found[rank] = at
+    twice = [rank for rank in peers if list(found.values()).count(found[rank]) > 1]
+    if not twice or not case.fits("two ranks hold the same slice", 0.0):
+        return None
+    return _permuted(
+        case,
+        f"ranks {', '.join(map(str, twice))} hold the same slice of the reference's, and nobody holds another",
+        axis="tp",
+    )
+
+
+def _found_at(piece: Tensor, whole: Tensor) -> tuple[int, ...] | None:
+    """(dim, start) of a contiguous slice of `whole` that `piece` is, bit for bit."""
+    for dim in range(whole.dim()):
+        size = piece.shape[dim] if piece.dim() == whole.dim() else 0
+        if not size or piece.numel() * whole.shape[dim] != whole.numel() * size:
+            continue
+        for start in range(whole.shape[dim] - size + 1):
+            if torch.equal(whole.narrow(dim, start, size), piece):
+                return (dim, start)
+    return None
+
+
+def _swapped(wrong: Sequence[Share], held: Sequence[Share], whole: Tensor) -> dict[int, int]:
+    """Rank -> the rank whose right piece it holds, for all wrong ranks; empty where one holds nobody's."""
+    found: dict[int, int] = {}
+    for share in wrong:
+        for other in held:
+            theirs = other.take(whole)
+            if other.place != share.place and theirs.shape == share.got.shape and torch.equal(theirs, share.got):
+                found[share.rank] = other.rank
+                break
+        else:
+            return {}
+    return found
+
+
+def _rows(wrong: Sequence[Share], whole: Tensor) -> tuple[int, list[int]] | None:
+    """(dim, which slice of the whole stands where) for a rank that holds all of a tensor, its slices permuted."""
+    for share in wrong:
+        if share.got.numel() != whole.numel():
+            continue
+        got = share.got.reshape(whole.shape)
+        for dim in range(whole.dim()):
+            order = slices([got], whole, dim, 0.0)
+            if order is not None and bool((order[0] != torch.arange(len(order[0]))).any()):
+                return dim, [int(i) for i in order[0]]
+    return None
+
+
+def _same_values(wrong: Sequence[Share], held: Sequence[Share], whole: Tensor) -> bool:
+    """Whether all ranks together hold each of the reference's values as often as it does."""
+    places: dict[object, Share] = {}
+    for share in held:
+        known = places.setdefault(share.place, share)
+        if not torch.equal(known.got, share.got):
+            return False
+    got = torch.cat([share.got for share in places.values()])
+    if got.numel() != whole.numel() or not wrong or bool((got == got[0]).all()):
+        return False
+    return torch.equal(got.sort().values, whole.reshape(-1).sort().values)
+
+
+def _axis(swapped: dict[int, int], case: Case) -> str | None:
+    parallelism = case.facts.parallelism
+    axes = {
+        axis
+        for rank, other in swapped.items()
+        for axis in AXES
+        if parallelism.coordinates(rank)[axis] != parallelism.coordinates(other)[axis]
+    }
+    return axis_name(axes, parallelism) or None
+
+
+def _permuted(case: Case, evidence: str, *, axis: str | None) -> Diagnosis:
+    return Diagnosis(
+        cause="layout-permuted",
+        axis=axis,
+        evidence=evidence,
+        fix="cut and load this tensor in the order in which the layout puts it together: axis by axis, fused blocks "
+        "one by one",
+    )
+
+
+def of_output(case: Case) -> Diagnosis | None:
+    """An output whose slices are the reference's in another order (never along the samples)."""
+    shown = aligned(case.first.key, case.observed, case.reference)
+    floor = case.first.floor
+    for one in shown:
+        if one.dim is not None or largest((one.got - one.want).abs()) <= 6 * floor:
+            continue
+        for dim in range(1, one.part.dim()):
+            order = slices([one.got], one.part, dim, floor)
+            if order is not None and case.fits(f"the output's slices along dim {dim} are permuted", 0.0):
+                moved = [f"{i} holds {int(at)}" for i, at in enumerate(order[0]) if int(at) != i][:6]
+                said = f"its slices along dim {dim} are the reference's in another order: {', '.join(moved)} ..."
+                return _permuted(case, said, axis="tp" if case.facts.parallelism.tp > 1 else None)
+    return None
+
+
+def fused(case: Case) -> Diagnosis | None:
+    """A fused weight cut as if it were one matrix: with its rows so permuted, one device gives what the run gives."""
+    probe, tp = case.probe, case.facts.parallelism.tp
+    if probe is None or tp == 1:
+        return None
+    prefix = case.first.name.rpartition(".")[0]
+    for parent in filter(None, (case.first.name, prefix)):
+        names = [n for n in probe.parameters(parent) if n.endswith("weight") and _split_in_rows(n, case)]
+        shown = fed(parent, case)
+        if not names or not shown:
+            continue
+        for name in names:
+            for blocks, value in _regrouped(probe.parameters(parent), name, tp):
+                answers = [
+                    (cell, probe.ask(parent, given, parameters=value))
+                    for cell, given, _ in shown[: case.facts.microbatches]
+                ]
+                if all(
+                    answer is not None
+                    and (fit := best_fit(cell, answer.output, case.first.floor, (0, 1, 1))) is not None
+                    and fit.outcome.verdict is not Verdict.DIFFERENT
+                    for cell, answer in answers
+                ) and case.fits(f"{name} cut as one matrix, not as {blocks} fused blocks", 0.0):
+                    return Diagnosis(
+                        cause="layout-permuted",
+                        axis="tp",
+                        evidence=f"with the rows of {name} permuted as a cut into {tp} slices does that overlooks its "
+                        f"{blocks} fused blocks, one device computes what this run does in {parent}",
+                        fix=f"cut each of the {blocks} blocks of {name} over tp, and give every rank its slice of each",
+                    )
+    return None
+
+
+def _split_in_rows(name: str, case: Case) -> bool:
+    layouts = [c.layout for c in case.comparisons if c.stage == "initial-state" and c.name == name]
+    return any("tp: " in layout and "slices of dim 0" in layout for layout in layouts)
+
+
+def _regrouped(own: dict[str, Tensor], name: str, tp: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(fused blocks, parameters) with the rows of a weight, and of its bias, as a plain cut makes them be taken."""
+    rows = own[name].shape[0]
+    for blocks in BLOCKS:
+        if rows % (blocks * tp):
+            continue
+        # Rank r holds rows [r*n, r*n + n) and takes them for its parts of block 0, 1, ...
+        index = torch.arange(rows).reshape(tp, blocks, -1).transpose(0, 1).reshape(-1)
+        changed = {name: own[name][index]}
+        bias = f"{name.removesuffix('weight')}bias"
+        if bias in own and own[bias].shape[0] == rows:
+            changed[bias] = own[bias][index]
+        yield blocks, changed

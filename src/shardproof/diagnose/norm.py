@@ -1,0 +1,86 @@
+"""Right gradients before clipping, wrong ones after it: how was the norm counted?"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+from shardproof.compare.measure import wide
+from shardproof.compare.verdict import Verdict
+from shardproof.diagnose.case import Case, Diagnosis
+from shardproof.diagnose.factors import axis_name
+from shardproof.parallel.names import ROOT
+from shardproof.spec.parallelism import AXES
+
+
+def clipped(case: Case) -> Diagnosis | None:
+    """The norm, or the coefficient made from it."""
+    per_rank = _coefficients(case)
+    said = []
+    if len(set(per_rank.values())) > 1:
+        listed = ", ".join(f"{value:.4g} on rank {rank}" for rank, value in sorted(per_rank.items())[:4])
+        said.append(
+            f"ranks clipped by different coefficients ({listed} times the right one): each by a norm of its own"
+        )
+    elif per_rank:
+        said.append(f"all ranks clipped by {next(iter(per_rank.values())):.6g} times the right coefficient")
+    rule = _counted(case, per_rank)
+    if rule:
+        said.append(rule)
+    return Diagnosis(
+        cause="grad-norm",
+        factor=case.first.ratio,
+        evidence="; ".join(["gradients before clipping are right", *said]),
+        fix="take the norm over all shards once: sum squares over the axes along which a gradient is cut, count what "
+        "is replicated once, and clip every rank by that one norm",
+    )
+
+
+def _coefficients(case: Case) -> dict[int, float]:
+    """Rank -> how much more it was clipped than the reference, rounded so that equal ones are equal."""
+    found: dict[int, float] = {}
+    for comparison in case.comparisons:
+        if comparison.step != case.first.step or comparison.stage != "grad-norm" or comparison.part != "clipped":
+            continue
+        want = case.reference.tensors(comparison.key)
+        for share in case.shares(comparison):
+            right = share.take(wide(want[0]))
+            square = float(right @ right)
+            if square > 0 and share.rank not in found:
+                found[share.rank] = float(f"{float(share.got @ right) / square:.9g}")
+    return found
+
+
+def _counted(case: Case, per_rank: dict[int, float]) -> str:
+    """How often each kind of gradient was counted, where that explains the norm."""
+    step = case.first.step
+    right = case.reference.tensors((step, "grad-norm", ROOT, "norm"))
+    ratio = case.first.ratio if case.first.part == "norm" else None
+    if ratio is None and len(set(per_rank.values())) == 1:
+        ratio = 1 / next(iter(per_rank.values()))
+    if not right or ratio is None or not math.isfinite(ratio):
+        return ""
+    whole = float(right[0]) ** 2
+    seen = whole * ratio**2
+    kinds: dict[tuple[str, ...], float] = {}
+    for c in case.comparisons:
+        if (c.step, c.stage) != (step, "gradient") or c.verdict is Verdict.NOT_CHECKED:
+            continue
+        axes = tuple(axis for axis in AXES if f"{axis}: " in c.layout)
+        square = float(wide(case.reference.tensors(c.key)[0]).square().sum())
+        kinds[axes] = kinds.get(axes, 0.0) + square
+    parallelism = case.facts.parallelism
+    times = sorted(
+        {1.0, *(float(getattr(parallelism, a)) for a in AXES), *(1 / getattr(parallelism, a) for a in AXES), 0.0}
+    )
+    names = list(kinds)
+    for counts in product(times, repeat=len(names)) if len(names) <= 3 else ():
+        total = sum(count * kinds[name] for count, name in zip(counts, names, strict=True))
+        if any(count != 1 for count in counts) and math.isclose(total, seen, rel_tol=1e-4):
+            odd = [
+                f"what is {f'cut over {axis_name(name, parallelism)}' if name else 'whole'} counted {count:.3g} times"
+                for count, name in zip(counts, names, strict=True)
+                if count != 1
+            ]
+            return f"the norm is that of {' and '.join(odd)}"
+    return f"the norm is {ratio:.6g} times the right one"

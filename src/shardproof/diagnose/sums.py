@@ -1,0 +1,123 @@
+"""Is the right gradient the sum, or the mean, of what the ranks along an axis hold?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from shardproof.compare.measure import largest
+from shardproof.compare.shares import Share
+from shardproof.compare.verdict import Comparison
+from shardproof.diagnose.case import Case, Diagnosis
+from shardproof.diagnose.factors import axis_name
+from shardproof.spec.parallelism import AXES, Parallelism
+
+DATA = ("dp_replicate", "dp_shard")
+
+
+def over_tp(case: Case) -> Diagnosis | None:
+    """Copies along `tp` that differ, and only add up to the right gradient."""
+    return _over(case, [("tp",)]) if case.facts.parallelism.tp > 1 else None
+
+
+def over_data(case: Case) -> Diagnosis | None:
+    """The same along the data axes, and along data axes and `tp` together."""
+    axes = [axis for axis in AXES if getattr(case.facts.parallelism, axis) > 1]
+    sets = [found for size in (1, 2, 3) for found in combinations(axes, size) if found != ("tp",)]
+    return _over(case, sets)
+
+
+def _over(case: Case, sets: Sequence[tuple[str, ...]]) -> Diagnosis | None:
+    held = case.shares(case.first)
+    for axes in sets:
+        groups = groups_over(axes, held, case.facts.parallelism)
+        if not groups or not any(_differ(group, case.first.floor) for group in groups):
+            continue
+        name = axis_name(axes, case.facts.parallelism)
+        size = len(groups[0])
+        if case.fits(f"the sum over {name} is right", _residual(groups, case, mean=False)):
+            return _not_summed(case, name, axes, size)
+        if "tp" not in axes and case.fits(f"the mean over {name} is right", _residual(groups, case, mean=True)):
+            return _not_reduced(case, name, size)
+    return None
+
+
+def groups_over(axes: Sequence[str], held: Sequence[Share], parallelism: Parallelism) -> list[list[Share]]:
+    """The ranks that differ in `axes` alone and should hold the same elements; empty unless each group is complete."""
+    size = 1
+    for axis in axes:
+        size *= getattr(parallelism, axis)
+    groups: dict[object, list[Share]] = {}
+    for share in held:
+        at = parallelism.coordinates(share.rank)
+        groups.setdefault((share.place, *(at[a] for a in AXES if a not in axes)), []).append(share)
+    return list(groups.values()) if groups and all(len(group) == size for group in groups.values()) else []
+
+
+def _differ(group: Sequence[Share], floor: float) -> bool:
+    return any(largest((share.got - group[0].got).abs()) > floor for share in group)
+
+
+def _residual(groups: Sequence[Sequence[Share]], case: Case, *, mean: bool) -> float:
+    """How far the sums (or means) are from the reference, in noise floors of a sum of so many."""
+    want = case.reference.tensors(case.first.key)[0]
+    return max(_far(group, group[0].take(want), mean=mean) / (case.first.floor * len(group)) for group in groups)
+
+
+def _far(group: Sequence[Share], want: Tensor, *, mean: bool) -> float:
+    held = torch.stack([share.got for share in group])
+    together = held.mean(0) if mean else held.sum(0)
+    # A part of the tensor may be right on every rank (rows that no split path reaches).
+    apart = (held - want).abs().amax(0)
+    return largest(torch.minimum((together - want).abs(), apart))
+
+
+def _like_it(case: Case, axes: Sequence[str], *, mean: bool = False) -> list[Comparison]:
+    """Other wrong gradients of which the same is true."""
+    found = []
+    for other in case.wrong:
+        groups = groups_over(axes, case.shares(other), case.facts.parallelism)
+        want = case.reference.tensors(other.key)
+        if groups and want:
+            far = max(_far(group, group[0].take(want[0]), mean=mean) for group in groups)
+            if far <= 6 * other.floor * len(groups[0]):
+                found.append(other)
+    return found
+
+
+def _not_summed(case: Case, name: str, axes: Sequence[str], size: int) -> Diagnosis:
+    alike = _like_it(case, axes)
+    rest = len(case.wrong) - len(alike)
+    upstream = f"; {rest} other gradients differ as well, being made from them or mixed with a path that is right"
+    return Diagnosis(
+        cause="grad-not-summed",
+        axis=name,
+        evidence=f"the {size} ranks along {name} hold different gradients of {case.first.name}, and their sum is the "
+        f"reference's; the same holds for {len(alike)} of {len(case.wrong)} wrong gradients"
+        f"{upstream if rest else ''}",
+        fix=f"sum this gradient over {name} (all_reduce with SUM after backward, or make the operation that splits the "
+        "work sum the gradient of its input)",
+    )
+
+
+def _not_reduced(case: Case, name: str, size: int) -> Diagnosis:
+    alike = _like_it(case, name.split(" and ") if name != "dp" else DATA, mean=True)
+    return Diagnosis(
+        cause="grad-not-reduced",
+        axis=name,
+        evidence=f"the {size} ranks along {name} hold different gradients of {case.first.name}, each that of its own "
+        f"samples, and their mean is the reference's; the same holds for {len(alike)} of {len(case.wrong)} wrong "
+        "gradients",
+        fix=not_reduced_fix(name),
+    )
+
+
+def not_reduced_fix(axis: str) -> str:
+    """What to change where a gradient stays that of the rank's own samples."""
+    return (
+        f"average this gradient over {axis}: call the wrapped model (not its .module), let the last micro-batch's "
+        "backward synchronise, and keep every trainable parameter inside the wrapper"
+    )
