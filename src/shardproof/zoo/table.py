@@ -6,10 +6,10 @@ from shardproof.errors import UsageError
 from shardproof.spec.patterns import matches
 from shardproof.spec.strategies import suggest
 from shardproof.zoo import controls
-from shardproof.zoo.bugs import data_parallel
+from shardproof.zoo.bugs import data_parallel, factors, means, microbatches
 from shardproof.zoo.entry import Bug, Control
 
-FAMILIES = (data_parallel,)
+FAMILIES = (data_parallel, microbatches, factors, means)
 """Files of bugs."""
 
 
