@@ -5,16 +5,61 @@ from __future__ import annotations
 from shardproof.errors import UsageError
 from shardproof.spec.patterns import matches
 from shardproof.spec.strategies import suggest
-from shardproof.zoo import controls
-from shardproof.zoo.bugs import data_parallel, factors, means, microbatches
+from shardproof.zoo import controls, controls_split, controls_state
+from shardproof.zoo.bugs import (
+    buffers,
+    checkpoints,
+    data_parallel,
+    factors,
+    forward,
+    initial,
+    layout,
+    means,
+    microbatches,
+    norms,
+    optimizers,
+    partial,
+    precision,
+    races,
+    randomness,
+    samples,
+    sequence,
+    subset,
+    tied,
+)
 from shardproof.zoo.entry import Bug, Control
 
-FAMILIES = (data_parallel, microbatches, factors, means)
+FAMILIES = (
+    data_parallel,
+    microbatches,
+    factors,
+    subset,
+    means,
+    partial,
+    forward,
+    layout,
+    sequence,
+    tied,
+    initial,
+    norms,
+    precision,
+    randomness,
+    optimizers,
+    checkpoints,
+    samples,
+    buffers,
+    races,
+)
 """Files of bugs."""
 
 
 BUGS: tuple[Bug, ...] = tuple(entry for family in FAMILIES for entry in vars(family).values() if isinstance(entry, Bug))
-CONTROLS: tuple[Control, ...] = tuple(entry for entry in vars(controls).values() if isinstance(entry, Control))
+CONTROLS: tuple[Control, ...] = tuple(
+    entry
+    for file in (controls, controls_split, controls_state)
+    for entry in vars(file).values()
+    if isinstance(entry, Control)
+)
 
 
 def chosen(patterns: tuple[str, ...]) -> tuple[tuple[Bug, ...], tuple[Control, ...]]:
