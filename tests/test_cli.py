@@ -106,13 +106,14 @@ def test_without_options_every_strategy_that_fits_is_asked_for(check: FakeCheck)
         "shuffle": False,
         "timeout_s": 600.0,
         "show": (),
+        "prove": False,
     }
 
 
 def test_every_option_reaches_the_check(check: FakeCheck):
     result = run(
         *("--strategies", "ddp, tp-fsdp", "--strategy", "tp=2,dp_shard=3", "--strategy", "tp=4", "--ranks", "8"),
-        *("--steps", "5", "--dtype", "bfloat16", "--device", "cuda", "--reference", "ddp", "--shuffle"),
+        *("--steps", "5", "--dtype", "bfloat16", "--device", "cuda", "--reference", "ddp", "--shuffle", "--prove"),
         *("--timeout", "30", "--show", "0", "--show", "2"),
     )
     assert result.exit_code == 0, result.output
@@ -132,6 +133,7 @@ def test_every_option_reaches_the_check(check: FakeCheck):
         "shuffle": True,
         "timeout_s": 30.0,
         "show": (0, 2),
+        "prove": True,
     }
 
 

@@ -116,6 +116,7 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
         list[int] | None,
         typer.Option("--show", min=0, metavar="RANK", help="Print what this rank held. Repeatable."),
     ] = None,
+    prove: Annotated[bool, typer.Option("--prove", help="Plant faults; say which this check catches.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor, every finding.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the conclusion only.")] = False,
 ) -> None:
@@ -136,6 +137,8 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
       1  divergence
       2  wrong use, or a broken experiment
       3  a rank crashed or hung
+
+    --prove changes none of them: a planted fault that is missed is no divergence.
     """
     with _exit_codes():
         # Whatever is wrong with the options is said before torch is loaded and anything is trained.
@@ -157,6 +160,7 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
                 shuffle=shuffle,
                 timeout_s=timeout,
                 show=tuple(show_ranks or ()),
+                prove=prove,
                 progress=progress,
             )
         finally:

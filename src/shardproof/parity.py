@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shardproof.errors import ParityError, StrategyError, UsageError
+from shardproof.prove import Prover
 from shardproof.ranks import start
 from shardproof.ranks.forked import ForkedRanks
 from shardproof.report.data import Report
@@ -38,6 +39,7 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     shuffle: bool = False,
     timeout_s: float = 600.0,
     show: Sequence[int] = (),
+    prove: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Train `experiment` under every strategy and hold each run, tensor by tensor, against one device.
@@ -45,7 +47,8 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     `strategies` are names (`ddp`), degrees (`tp=2,dp_shard=3`, which bring their own number of ranks) or
     `Parallelism`; all that fit `ranks` if None. `reference` is what is trusted: `single`, another strategy, or
     another Experiment that is trained on one device instead. `show` lists ranks whose tensors the report should hold.
-    `timeout_s` limits each piece of work.
+    `timeout_s` limits each piece of work. `prove` plants faults in every run that agrees, one at a time, and reports
+    which of them this check would have caught; it changes no verdict.
 
     Raises `UsageError` for wrong use or a broken experiment, `RankError` where a rank failed, died or hung. Under
     torchrun it returns None on every rank but the first.
@@ -67,8 +70,9 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
             shuffle=shuffle,
         )
         session = Session(worker=worker, show=tuple(show), progress=progress or Silent(), trust=trust)
+        prover = Prover(session)
         pending, runs = list(layouts), []
-        while pending:
+        while pending or prover.unfinished:
             with start(size, worker, timeout_s=timeout_s, device=device) as pool:
                 if not pool.leader:
                     return None  # type: ignore[return-value]  # the leader's report is the only one
@@ -77,6 +81,9 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
                     while pending:
                         runs.append(session.check(pending[0]))
                         pending.pop(0)
+                        if prove:
+                            prover.add(runs[-1])
+                    prover.work()
                 except StrategyError as error:
                     # What nobody asked for by name need not fit; torchrun's ranks cannot be started anew.
                     if strategies is not None or not isinstance(pool, ForkedRanks):
@@ -94,6 +101,7 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
         if isinstance(reference, Experiment)
         else parse(reference, ranks).strategy,
         warnings=tuple(left_out),
+        proofs=prover.proofs,
         time_s=time.perf_counter() - started,
     )
 

@@ -44,6 +44,17 @@ class Trusted:
         return any(len(step) > 1 for step in self.summary.reads)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """A run that has been checked."""
+
+    name: str
+    layout: Parallelism
+    summaries: Mapping[int, Summary]
+    reads: Reads
+    trusted: Trusted
+
+
 @dataclass
 class Session:
     """What a check has done so far, and the ranks that do the work."""
@@ -53,6 +64,8 @@ class Session:
     progress: Progress
     trust: Parallelism | None = None
     """The layout to be trusted instead of one device."""
+    last: Done | None = None
+    """The run that was checked last."""
     _ranks: Ranks | None = None
     _runs: int = 0
     _trusted: dict[str, Trusted] = field(default_factory=dict)
@@ -80,20 +93,23 @@ class Session:
             raise UsageError("there are no ranks to work on; call use() first")
         return self._ranks
 
-    def check(self, layout: Parallelism) -> Run:
-        """Train under one layout, compare with the reference, explain."""
+    def check(self, layout: Parallelism, variant: Variant | None = None, *, right: Done | None = None) -> Run:
+        """Train under one layout, compare with the reference, explain.
+
+        `variant` plants a fault, and `right` is the run without it: both are held against the same reference.
+        """
         self._runs += 1
         # Degrees are written with = and , which have no place in a file name.
         name = f"run{self._runs}"
         started = time.perf_counter()
         experiment = self.worker.experiment
         self.progress.starting(f"training under {layout}")
-        summaries = self._train(name, layout, Variant())
+        summaries = self._train(name, layout, variant or Variant())
         reads = self._understood(summaries, layout)
-        trusted = self._reference_for(name, reads)
+        trusted = self._trusted_for(name, reads, variant, right)
         self.progress.starting(f"comparing {layout.strategy} with the reference")
         observed = self._observed(layout, reads)
-        unclipped = self._unclipped(name, layout)
+        unclipped = self._unclipped(name, layout, variant)
         parts = self._parts(layout, reads) if trusted.by_parts else ()
         compared = self.ranks.call(
             "compare",
@@ -122,7 +138,8 @@ class Session:
         findings = [found] if (found := at_once(compared, facts)) is not None else []
         if needs_numbers(compared, facts):
             self.progress.starting(f"seeking the cause of the divergence of {layout.strategy}")
-            again = self._again(name, layout, compared)
+            # A planted fault is known: what the run fed its modules need not be looked into.
+            again = self._again(name, layout, compared) if variant is None else None
             arguments = (
                 trusted.name,
                 trusted.floors,
@@ -147,7 +164,9 @@ class Session:
             shown=self.ranks.call("show", name, shown, ranks=[0])[0] if shown else {},
             time_s=time.perf_counter() - started,
         )
-        self.progress.finished(run)
+        if variant is None:
+            self.progress.finished(run)
+        self.last = Done(name=name, layout=layout, summaries=summaries, reads=reads, trusted=trusted)
         return run
 
     def _train(self, name: str, layout: Parallelism, variant: Variant) -> dict[int, Summary]:
@@ -250,13 +269,24 @@ class Session:
         self._train(again, layout, Variant(inputs=True, steps=first.step + 1))
         return again
 
-    def _unclipped(self, name: str, layout: Parallelism) -> str | None:
+    def _trusted_for(self, name: str, reads: Reads, variant: Variant | None, right: Done | None) -> Trusted:
+        """The reference for a run; for a fault, that of the run without it, unless a user's own loader is at fault."""
+        fault = None if variant is None else variant.fault
+        if fault is None or right is None:
+            return self._reference_for(name, reads)
+        own_loader = self.worker.experiment.batches is None
+        # Samples that are known to be misread are a finding already: no reference need read them too.
+        if own_loader or not fault.in_loader or reads.misread is not None:
+            return right.trusted
+        return self._reference_for(name, reads)
+
+    def _unclipped(self, name: str, layout: Parallelism, variant: Variant | None) -> str | None:
         """Run a user's own clipping step once more with an unreachable limit, to see its gradients before clipping."""
         experiment = self.worker.experiment
         if experiment.train_step is None or experiment.max_grad_norm is None:
             return None
         again = f"{name}-unclipped"
-        self._train(again, layout, Variant(unclipped=True))
+        self._train(again, layout, replace(variant or Variant(), unclipped=True))
         return again
 
 

@@ -18,6 +18,7 @@ from shardproof.compare.assemble import assemble
 from shardproof.compare.measure import distance, largest
 from shardproof.compare.parameters import compare as compare_parameter
 from shardproof.compare.run import compare_run
+from shardproof.compare.told import told_by
 from shardproof.compare.verdict import Comparison
 from shardproof.compare.view import Observed, Reference
 from shardproof.diagnose.case import Case, Facts
@@ -36,6 +37,7 @@ from shardproof.trace.file import Trace, save
 from shardproof.trace.reads import digests
 from shardproof.trace.transfer import receive_file, send_file
 from shardproof.train.contributions import Contribution, contributions, restore
+from shardproof.train.faults.facts import Facts as PlantingFacts
 from shardproof.train.probe import Probe
 from shardproof.train.run import Settings, Summary, TracedRun, Variant
 
@@ -87,6 +89,8 @@ class Worker:
         with place.world(name, parallelism.world_size):
             run = TracedRun(self.experiment, parallelism, place.rank, self._settings(place), variant)
             batches = run.read()
+            if run.planting is not None:
+                batches = run.planting.batches(batches, self._read_by)
             # A data set may draw at random, so that only what was read here can be replayed.
             torch.save([[part.batch for part in parts] for parts in batches], self._batches(name, place.rank))
             try:
@@ -258,6 +262,12 @@ class Worker:
         del place
         return {rank: shown_by(Trace(self.trace(name, rank))) for rank in ranks}
 
+    def facts(self, place: Place, known: PlantingFacts, trusted: str, floors: Mapping[int, float]) -> PlantingFacts:
+        """What `known` does not yet hold: what the traces of a run and of its reference say of planted faults."""
+        del place
+        ranks = [Trace(self.trace(known.run, rank)) for rank in range(known.parallelism.world_size)]
+        return told_by(known, Trace(self.trace(trusted, 0)), floors, ranks)
+
     def gather(self, place: Place, name: str, size: int) -> None:
         """Bring the files that ranks below `size` wrote for a run to rank 0, which may be on another machine."""
         with place.world(f"{name}-gather", size):
@@ -271,6 +281,12 @@ class Worker:
     def trace(self, name: str, rank: int) -> Path:
         """Where the trace of a rank lies."""
         return self.folder / f"{name}.{rank}.safetensors"
+
+    def _read_by(self, name: str, rank: int) -> list[list[Batch]] | None:
+        """What a rank read in an earlier run; None where its file is on another machine."""
+        path = self._batches(name, rank)
+        # Written by our own ranks, with whatever types the user's batches have.
+        return torch.load(path, weights_only=False) if path.exists() else None
 
     def _batches(self, name: str, rank: int) -> Path:
         return self.folder / f"{name}.{rank}.batches"

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from shardproof.report import text
-from shardproof.report.data import Report
+from shardproof.report.data import Planted, Proof, Report
 
 
 def in_colour(report: Report, width: int) -> str:
@@ -158,3 +158,20 @@ def test_a_terminal_gets_the_same_words_in_colour(divergence: Report):
 def test_brackets_in_names_are_not_read_as_markup(divergence: Report):
     odd = replace(divergence, experiment="models/[bold]x[/bold].py")
     assert "models/[bold]x[/bold].py" in in_colour(odd, 80)
+
+
+def test_planted_faults_are_counted_and_the_missed_ones_told_with_what_hides_them(parity: Report):
+    caught = Planted(
+        fault="grad-scale", place="all gradients", caught=True, cause="grad-scale", stage="gradient", where="w", step=0
+    )
+    missed = Planted(fault="mean-of-means", place="the parts", caught=False, reason="all parts count equally many")
+    proof = Proof(strategy="ddp", planted=(caught, missed), left_out={"buffer-garbled": "the model has no buffer"})
+    report = replace(parity, proofs=(proof,))
+    lines = text.plain(report, 120).splitlines()
+    assert "  - ddp: caught 1 of 2 planted faults" in lines
+    assert "    - missed: mean-of-means (the parts): all parts count equally many" in lines
+    assert "buffer-garbled" not in text.plain(report)
+    told = text.plain(report, 120, verbose=True).splitlines()
+    assert "    - caught: grad-scale (all gradients): step 0, gradient of w: grad-scale" in told
+    assert "    - does not apply: buffer-garbled: the model has no buffer" in told
+    assert lines[-1] == text.plain(parity, 120).splitlines()[-1]

@@ -95,6 +95,54 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Planted:
+    """A fault that was planted on purpose, and whether the check saw it."""
+
+    fault: str
+    """Its name, as `grad-not-reduced`."""
+
+    place: str
+    """Where it was planted, as `gradient of fc1.weight, times 2 (tp)`."""
+
+    caught: bool
+    """Whether there was a finding, a tensor that differs, or an error that stopped the run."""
+
+    cause: str | None = None
+    """What the first finding named, one of `diagnose.finding.CAUSES`."""
+
+    stage: str | None = None
+    where: str | None = None
+    step: int | None = None
+    """Where the run first left the reference; None where it did not, or was stopped."""
+
+    reason: str = ""
+    """Why it was missed, or how it was caught where that was by an error."""
+
+    stopped: bool = False
+    """Whether it ended the ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """How many planted faults the check of one strategy would have caught."""
+
+    strategy: str
+    planted: tuple[Planted, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Fault -> why it does not apply here; not counted."""
+
+    @property
+    def caught(self) -> int:
+        """How many were caught."""
+        return sum(planted.caught for planted in self.planted)
+
+    @property
+    def missed(self) -> tuple[Planted, ...]:
+        """Those that were not."""
+        return tuple(planted for planted in self.planted if not planted.caught)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """Every strategy of a check against the reference."""
 
@@ -111,6 +159,9 @@ class Report:
 
     warnings: tuple[str, ...] = ()
     """What the experiment itself hides."""
+
+    proofs: tuple[Proof, ...] = ()
+    """What planted faults showed, for `prove`: one for each strategy that agreed."""
 
     time_s: float = 0.0
 

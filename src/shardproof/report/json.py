@@ -16,7 +16,7 @@ from pathlib import Path
 from shardproof.compare.verdict import Comparison
 from shardproof.diagnose.finding import Finding
 from shardproof.report import file
-from shardproof.report.data import Report, Run
+from shardproof.report.data import Proof, Report, Run
 
 SCHEMA_VERSION = 1
 """Raised when a name disappears or changes its meaning; new names do not raise it."""
@@ -43,6 +43,7 @@ def to_dict(report: Report) -> dict[str, object]:
         "warnings": list(report.warnings),
         "first": None if report.first is None else _finding(report.first),
         "runs": [_run(run) for run in report.runs],
+        "proofs": [_proof(proof) for proof in report.proofs],
     }
 
 
@@ -62,6 +63,15 @@ def _run(run: Run) -> dict[str, object]:
         "time_s": _plain(run.time_s),
         "comparisons": [_comparison(comparison) for comparison in run.comparisons],
         "shown": _plain(run.shown),
+    }
+
+
+def _proof(proof: Proof) -> dict[str, object]:
+    return {
+        "strategy": proof.strategy,
+        "caught": proof.caught,
+        "planted": [_fields(planted) for planted in proof.planted],
+        "left_out": _plain(proof.left_out),
     }
 
 

@@ -12,6 +12,7 @@ from shardproof.report import finding, spelling
 from shardproof.report.data import Report
 from shardproof.report.lines import heading, wrapped
 from shardproof.report.notes import notes
+from shardproof.report.proofs import proofs
 from shardproof.report.table import table, word
 from shardproof.report.tensors import tensors
 
@@ -45,6 +46,7 @@ def view(report: Report, width: int, *, verbose: bool = False) -> Iterator[Text]
         for run in report.runs:
             yield from tensors(run, width)
     yield from notes(report, width)
+    yield from proofs(report.proofs, width, verbose=verbose)
     yield from _divergences(report, width, verbose=verbose)
     yield Text()
     yield conclusion(report, width)

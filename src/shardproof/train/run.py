@@ -31,8 +31,10 @@ from shardproof.trace.leaves import leaves
 from shardproof.trace.reads import digests
 from shardproof.trace.recorder import Recorder
 from shardproof.train.disturb import Disturbance
+from shardproof.train.faults.fault import Fault
+from shardproof.train.faults.planting import Planting
 from shardproof.train.optimizer import build_optimizer
-from shardproof.train.step import Step, train_step
+from shardproof.train.step import Observer, Step, train_step
 
 UNCLIPPED = 1e30
 """A `max_grad_norm` that no gradient reaches, to see a user's gradients as they are before their own clipping."""
@@ -61,11 +63,14 @@ class Variant:
     inputs: bool = False
     """What enters each module is recorded as well."""
 
-    steps: int | None = None
-    """Steps to run, or None for all of them."""
-
     widened: bool = False
     """Initial values are made in the run's dtype, and the arithmetic is done in float64."""
+
+    fault: Fault | None = None
+    """Planted on purpose, or None."""
+
+    steps: int | None = None
+    """As many steps only, or None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +101,9 @@ class Summary:
     train_s: float = 0.0
     """Wall clock of the steps alone."""
 
+    planted: int = 0
+    """How often a planted fault was at work."""
+
 
 class TracedRun:
     """An experiment laid out under `parallelism` in the default process group, ready to train and be recorded."""
@@ -109,6 +117,16 @@ class TracedRun:
         self.mesh, data_group = mesh.build(parallelism, settings.device.type)
         self.data_rank = parallelism.coordinates(rank)["dp"]
         self.disturbance = None if variant.draw is None else Disturbance(variant.draw)
+        self.recorder = Recorder(
+            settings.device,
+            clipped_by_user=experiment.train_step is not None
+            and experiment.max_grad_norm is not None
+            and not variant.unclipped,
+            inputs=variant.inputs,
+        )
+        self.planting = (
+            None if variant.fault is None else Planting(variant.fault, rank, parallelism, observer=self.recorder)
+        )
         with initial.default_dtype(settings.dtype):
             model = initial.build(experiment, settings.dtype, settings.device)
         if self.disturbance is not None:
@@ -120,24 +138,22 @@ class TracedRun:
             self.shapes = {held.name: tuple(held.leaf.shape) for held in held_parameters(model)}
             for pattern in experiment.placements or {}:
                 select(self.shapes, pattern, field="placements", kind="parameter")
+            if self.planting is not None:
+                self.planting.look(model)
             laid_out = lay_out(model, experiment, self.mesh, parallelism)
             self.root = _root(laid_out, model, self.shapes)
             self.optimizer = build_optimizer(experiment, laid_out)
         self.parameters = list(held_parameters(self.root, self.shapes))
-        self.recorder = Recorder(
-            settings.device,
-            clipped_by_user=experiment.train_step is not None
-            and experiment.max_grad_norm is not None
-            and not variant.unclipped,
-            inputs=variant.inputs,
-        )
         now = partial(held_parameters, self.root, self.shapes)
+        if self.planting is not None:
+            # Before the recorder, which is to see it.
+            self.planting.attach(self.root, self.parameters, self.optimizer)
         self.recorder.attach(self.root, self.parameters, self.optimizer, now)
         self.template = Step(
             model=laid_out,
             optimizer=self.optimizer,
             microbatches=[],
-            loss=self.recorder.loss(experiment.loss),
+            loss=self.recorder.loss(experiment.loss if self.planting is None else self.planting.loss(experiment.loss)),
             mesh=self.mesh,
             parallelism=parallelism,
             max_grad_norm=UNCLIPPED if variant.unclipped else experiment.max_grad_norm,
@@ -193,12 +209,14 @@ class TracedRun:
                 weights.append(tuple(part.weight for part in own))
                 # TP peers draw alike, and data rank 0 draws like the reference.
                 seed_everything(self.experiment.seed, index + 1, self.data_rank)
+                if self.planting is not None:
+                    self.planting.begin(index)
                 self.recorder.begin(index, [(part.batch, part.weight) for part in own])
                 step = replace(
                     self.template, index=index, microbatches=[part.batch for part in own], weights=weights[-1]
                 )
                 with counted if index == 0 and _countable(self.root) else contextlib.nullcontext():
-                    logged = one_step(self.experiment, step, self.parameters, self.recorder)
+                    logged = one_step(self.experiment, step, self.parameters, self.planting or self.recorder)
                 now = list(held_parameters(self.root, self.shapes))
                 self.recorder.end(self.root, now, self.optimizer, logged)
                 pieces = pieces or {held.name: held.piece for held in now}
@@ -211,6 +229,7 @@ class TracedRun:
             strangers=_strangers(self.optimizer, self.parameters),
             left_behind=_left_behind(self.optimizer, self.parameters),
             train_s=time.perf_counter() - started,
+            planted=0 if self.planting is None else self.planting.planted,
         )
 
     def save(self, path: Path) -> None:
@@ -229,10 +248,10 @@ class TracedRun:
         return cast(batch, self.dtype, self.settings.device)
 
 
-def one_step(experiment: Experiment, step: Step, parameters: list[Held], recorder: Recorder | None) -> Any:
+def one_step(experiment: Experiment, step: Step, parameters: list[Held], observer: Observer | None) -> Any:
     """The user's own step where there is one, else shardproof's."""
     if experiment.train_step is None:
-        return train_step(step, parameters, recorder)
+        return train_step(step, parameters, observer)
     logged = experiment.train_step(step)
     if not (isinstance(logged, int | float) or (isinstance(logged, Tensor) and logged.numel() == 1)):
         raise ExperimentError(
