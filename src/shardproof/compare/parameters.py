@@ -57,7 +57,7 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
             base,
             verdict=Verdict.DIFFERENT,
             error=scale(want),
-            reason="no gradient where the reference has one",
+            reason="no gradient where the reference has one" if stage != "checkpoint" else "lost between two steps",
             ranks=tuple(absent),
         )
     present = [(rank, record, tensor) for rank, record, tensor in held if tensor is not None]

@@ -8,7 +8,7 @@ from shardproof.compare.activations import aligned, best_fit
 from shardproof.compare.measure import largest, wide
 from shardproof.compare.verdict import Verdict
 from shardproof.diagnose.case import Case, Diagnosis
-from shardproof.diagnose.origin import fed, senders
+from shardproof.diagnose.origin import fed, follows, senders
 from shardproof.parallel.names import ROOT
 
 POSITIONS_FIX = (
@@ -99,10 +99,18 @@ def _around(name: str) -> list[str]:
     return names if names[-1] == ROOT else [*names, ROOT]
 
 
+def _attends(name: str, case: Case) -> bool:
+    shown = fed(name, case)
+    return case.probe is not None and bool(shown) and case.probe.computes_attention(name, shown[0][1])
+
+
 def forward(case: Case) -> Diagnosis | None:
     """A module that computes attention itself gives another output for the run's own, right input."""
     probe = case.probe
     if probe is None:
+        return None
+    if follows(case.first, case) is False and not _attends(case.first.name, case):
+        # Fed its own input it gives another output, and computes no attention: the fault is its own.
         return None
     for name in _around(case.first.name)[:2]:
         shown = fed(name, case)

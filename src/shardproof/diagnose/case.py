@@ -10,7 +10,7 @@ from shardproof.compare.measure import MULTIPLE
 from shardproof.compare.reads import Misread
 from shardproof.compare.shares import Share, shares
 from shardproof.compare.verdict import Comparison, Verdict
-from shardproof.compare.view import Observed, Reference
+from shardproof.compare.view import Key, Observed, Reference
 from shardproof.diagnose.finding import Finding, Hypothesis
 from shardproof.spec.parallelism import Parallelism
 from shardproof.train.contributions import Contribution
@@ -72,11 +72,12 @@ class Case:
         """What each part of the batch of the first divergence's step contributes."""
         return self.contribute(self.first.step)
 
-    def shares(self, comparison: Comparison) -> list[Share]:
+    def shares(self, of: Comparison | Key) -> list[Share]:
         """What each rank holds of a tensor, and where."""
-        before_clipping = self.unclipped is not None and comparison.step == 0 and comparison.stage == "gradient"
+        key = of.key if isinstance(of, Comparison) else of
+        before_clipping = self.unclipped is not None and key[0] == 0 and key[1] == "gradient"
         observed = self.unclipped if before_clipping and self.unclipped is not None else self.observed
-        return shares(comparison.key, observed, self.reference)
+        return shares(key, observed, self.reference)
 
     def fits(self, name: str, residual: float, *, limit: float = MULTIPLE) -> bool:
         """Whether a hypothesis that leaves `residual` (in noise floors) unexplained holds; it is remembered."""

@@ -15,9 +15,10 @@ from shardproof.compare.verdict import Verdict
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.factors import axis_name
 from shardproof.diagnose.origin import fed
+from shardproof.parallel.names import ROOT
 from shardproof.spec.parallelism import AXES
 
-BLOCKS = (3, 2, 4, 6)
+BLOCKS = (3, 2, 1, 4, 6)
 """Numbers of fused blocks that are tried: query, key and value; gate and up."""
 
 
@@ -159,53 +160,79 @@ def of_output(case: Case) -> Diagnosis | None:
 
 
 def fused(case: Case) -> Diagnosis | None:
-    """A fused weight cut as if it were one matrix: with its rows so permuted, one device gives what the run gives."""
+    """A weight whose rows each rank takes for others than they are: one device, its rows so permuted, does the same.
+
+    A fused weight that is cut as if it were one matrix, or one whose rows were permuted on their way to the ranks.
+    """
     probe, tp = case.probe, case.facts.parallelism.tp
     if probe is None or tp == 1:
         return None
-    prefix = case.first.name.rpartition(".")[0]
-    for parent in filter(None, (case.first.name, prefix)):
-        names = [n for n in probe.parameters(parent) if n.endswith("weight") and _split_in_rows(n, case)]
+    for parent in _around(case.first.name):
         shown = fed(parent, case)
-        if not names or not shown:
-            continue
-        for name in names:
-            for blocks, value in _regrouped(probe.parameters(parent), name, tp):
-                answers = [
-                    (cell, probe.ask(parent, given, parameters=value))
-                    for cell, given, _ in shown[: case.facts.microbatches]
-                ]
+        own = probe.parameters(parent)
+        orders = {name: order for name in own if name.endswith("weight") and (order := _rows_held(name, case))}
+        for name, order in orders.items() if shown else ():
+            for blocks, value in _regrouped(own, name, order):
+                answers = [(cell, probe.ask(parent, given, parameters=value)) for cell, given, _ in shown]
                 if all(
                     answer is not None
-                    and (fit := best_fit(cell, answer.output, case.first.floor, (0, 1, 1))) is not None
+                    and (fit := best_fit(cell, answer.output, 4 * case.first.floor, (0, 1, 1))) is not None
                     and fit.outcome.verdict is not Verdict.DIFFERENT
                     for cell, answer in answers
-                ) and case.fits(f"{name} cut as one matrix, not as {blocks} fused blocks", 0.0):
+                ) and case.fits(f"the rows of {name} taken for others, as {blocks} fused blocks", 0.0):
+                    said = f"{blocks} fused blocks" if blocks > 1 else "one matrix"
                     return Diagnosis(
                         cause="layout-permuted",
                         axis="tp",
-                        evidence=f"with the rows of {name} permuted as a cut into {tp} slices does that overlooks its "
-                        f"{blocks} fused blocks, one device computes what this run does in {parent}",
-                        fix=f"cut each of the {blocks} blocks of {name} over tp, and give every rank its slice of each",
+                        evidence=f"with the rows of {name} permuted as its {tp} slices are taken to be (slices of "
+                        f"{said}), one device gives what this run gives in {parent}",
+                        fix=f"cut {name} over tp block by block, heads and fused blocks whole, and give every rank its "
+                        "slice of each",
                     )
     return None
 
 
-def _split_in_rows(name: str, case: Case) -> bool:
-    layouts = [c.layout for c in case.comparisons if c.stage == "initial-state" and c.name == name]
-    return any("tp: " in layout and "slices of dim 0" in layout for layout in layouts)
+def _around(name: str) -> list[str]:
+    names = [name]
+    while "." in names[-1]:
+        names.append(names[-1].rpartition(".")[0])
+    return [n for n in names if n != ROOT] + [ROOT]
 
 
-def _regrouped(own: dict[str, Tensor], name: str, tp: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(fused blocks, parameters) with the rows of a weight, and of its bias, as a plain cut makes them be taken."""
-    rows = own[name].shape[0]
+def _rows_held(name: str, case: Case) -> list[Tensor]:
+    """The rows of a weight that each tp rank holds, in its order; empty where it is not cut by rows."""
+    held = case.shares((step := -1, "initial-state", name, ""))
+    want = case.reference.tensors((step, "initial-state", name, ""))
+    first = [share for share in held if case.facts.parallelism.coordinates(share.rank)["dp"] == 0]
+    if not want or len(first) != case.facts.parallelism.tp:
+        return []
+    rows = torch.arange(want[0].shape[0], dtype=torch.float64)
+    numbers = rows.reshape(-1, *[1] * (want[0].dim() - 1)).expand(want[0].shape)
+    width = want[0].numel() // max(len(rows), 1)
+    found = []
+    for share in first:
+        taken = share.take(numbers)
+        if taken.numel() % width or taken.numel() == want[0].numel():
+            return []
+        taken = taken.reshape(-1, width)
+        if not bool((taken == taken[:, :1]).all()):
+            return []
+        found.append(taken[:, 0].to(torch.int64))
+    return found if sum(len(f) for f in found) == len(rows) else []
+
+
+def _regrouped(own: dict[str, Tensor], name: str, order: Sequence[Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(fused blocks, parameters) with the rows of a weight, and of its bias, where the ranks take them to be."""
+    each = {len(rows) for rows in order}
     for blocks in BLOCKS:
-        if rows % (blocks * tp):
+        if len(each) != 1 or next(iter(each)) % blocks:
             continue
-        # Rank r holds rows [r*n, r*n + n) and takes them for its parts of block 0, 1, ...
-        index = torch.arange(rows).reshape(tp, blocks, -1).transpose(0, 1).reshape(-1)
+        # Rank r takes its rows for its parts of block 0, 1, ...
+        index = torch.stack(list(order)).reshape(len(order), blocks, -1).transpose(0, 1).reshape(-1)
+        if bool((index == torch.arange(len(index))).all()):
+            continue
         changed = {name: own[name][index]}
         bias = f"{name.removesuffix('weight')}bias"
-        if bias in own and own[bias].shape[0] == rows:
+        if bias in own and own[bias].shape[0] == len(index):
             changed[bias] = own[bias][index]
         yield blocks, changed

@@ -39,9 +39,17 @@ def skipped(case: Case) -> Diagnosis | None:
     ranks = sorted({rank for m in moves for rank in m.got})
     stood = [r for r in ranks if all(m.stood(r) for m in moves if r in m.got)]
     went = [r for r in ranks if r not in stood]
+    infinite = [r for r in ranks if _has_infinite(r, case)]
+    if not stood and infinite and all(not bool(m.want[r].any()) for m in moves for r in m.want):
+        case.fits("the ranks took a step that the reference skipped", 0.0)
+        return Diagnosis(
+            cause="overflow-not-shared",
+            evidence=f"gradients of rank {', '.join(map(str, infinite))} are not finite, the reference skipped the "
+            "step, and every rank took it: nobody, or not everybody, was told",
+            fix="look for inf and NaN in every gradient, share found_inf (MAX) over all ranks, and then skip the step",
+        )
     if not stood or not went or not case.fits("some ranks skipped the step", 0.0):
         return None
-    infinite = [r for r in ranks if _has_infinite(r, case)]
     said = f"; gradients of rank {', '.join(map(str, infinite))} are not finite" if infinite else ""
     return Diagnosis(
         cause="overflow-not-shared",

@@ -17,6 +17,9 @@ NARROW = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 FEW = 8
 """Fewer numbers than this say nothing about how they were rounded."""
 
+DIVISORS = 16
+"""Ranks and micro-batches over which a mean of narrow numbers may have been taken."""
+
 ULPS = 64.0
 """Units in the last place of the narrow dtype that a sum of rounded terms may be off by, of its largest element."""
 
@@ -37,13 +40,14 @@ def lost(case: Case) -> Diagnosis | None:
         eps = torch.finfo(dtype).eps
         if eps <= own:
             continue
-        exact = torch.equal(got.to(dtype).to(torch.float64), got) and error <= ULPS * eps * size
-        # Rounding spreads to both sides, and is no smaller than half a unit: a fault has a direction and any size.
-        noise = eps / 32 * size <= error <= ULPS / 8 * eps * size and _both_sides(got - want)
-        if exact or (noise and _follows_size(got, want, eps)):
+        times = _whole(got, dtype) if error <= ULPS * eps * size else 0
+        # Rounding spreads to both sides, and is no smaller than half a unit: a fault has a direction and any size. So
+        # small an error as float32's is hardly ever anything else; a larger one is told by the values alone.
+        noise = dtype == torch.float32 and eps / 32 * size <= error <= ULPS / 8 * eps * size
+        if times or (noise and _both_sides(got - want) and _follows_size(got, want, eps)):
             said = (
-                f"all its values are whole {name} numbers"
-                if exact
+                f"{'all its values' if times == 1 else f'{times} times each of its values'} are whole {name} numbers"
+                if times
                 else f"it is off by at most {error / (eps * size):.2g} units in the last place of {name}, to both sides"
             )
             if not case.fits(f"rounded to {name}", 0.0):
@@ -72,6 +76,17 @@ def _pairs(case: Case) -> tuple[Tensor, Tensor] | None:
     if not wrong:
         return None
     return torch.cat([g for g, _ in wrong]), torch.cat([w for _, w in wrong])
+
+
+def _whole(got: Tensor, dtype: torch.dtype) -> int:
+    """The smallest number by which all values have to be multiplied to be whole in `dtype` (a mean over as many ranks
+    was divided in more digits); 0 where there is none."""
+    for times in range(1, DIVISORS + 1):
+        many = got * times
+        narrow = many.to(dtype).to(torch.float64)
+        if bool(((narrow - many).abs() <= 4 * torch.finfo(torch.float64).eps * many.abs()).all()):
+            return times
+    return 0
 
 
 def _both_sides(far: Tensor) -> bool:

@@ -51,8 +51,8 @@ class Recorder:
         self._seen: set[str] = set()
         self._generator = 0
         self._parameters: list[Held] = []
-        self._left: dict[tuple[str, str], Tensor] = {}
-        """(name, part) of weights, optimizer state and buffers -> what the last step left."""
+        self._left: dict[tuple[str, str], tuple[Tensor, Piece | None]] = {}
+        """(name, part) of weights, optimizer state and buffers -> what the last step left, and where it lies."""
         self._resumed = True
         self._state: Callable[[], Iterable[State]] = tuple
 
@@ -123,11 +123,14 @@ class Recorder:
         if self._resumed or not self._open:
             return
         self._resumed = True
+        lost = dict(self._left)
         for _, name, part, tensor, where in self._state() if self._left else ():
-            left = self._left.get((name, part))
-            if left is not None and not torch.equal(_as_kept(tensor), left):
+            known = lost.pop((name, part), None)
+            if known is not None and not torch.equal(_as_kept(tensor), known[0]):
                 # Of the step before: that is where it belongs in the order of causes.
                 self._add("checkpoint", name, tensor, part=part, where=where, step=self._step - 1)
+        for (name, part), (_, where) in lost.items():
+            self._add("checkpoint", name, None, part=part, where=where, step=self._step - 1)
 
     def gradients(self) -> None:
         """Gradients are complete and not yet clipped."""
@@ -149,7 +152,7 @@ class Recorder:
         for stage, name, part, tensor, where in self._state_of(model, parameters, optimizer):
             kept = self._add(stage, name, tensor, part=part, where=where)
             if kept is not None:
-                self._left[name, part] = kept
+                self._left[name, part] = (kept, where)
 
     def save(self, path: Path) -> None:
         """Write everything recorded so far to `path`."""

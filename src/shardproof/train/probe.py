@@ -97,8 +97,17 @@ class Probe:
     def computes_attention(self, name: str, given: Tensor) -> bool:
         """Whether a module calls one of the functions that attention is made of, itself and not in a child."""
         seen = _Seen()
-        with seen:
-            answer = self.ask(name, given)
+        hooks = []
+        for child in self.children(name):
+            module = self._modules[child]
+            hooks.append(module.register_forward_pre_hook(lambda _module, _args: seen.enter()))
+            hooks.append(module.register_forward_hook(lambda _module, _args, _out: seen.leave()))
+        try:
+            with seen:
+                answer = self.ask(name, given)
+        finally:
+            for hook in hooks:
+                hook.remove()
         return answer is not None and bool(seen.names & ATTENTION)
 
 
@@ -108,8 +117,18 @@ class _Seen(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self._depth = 0
+
+    def enter(self) -> None:
+        """What follows is called by a child."""
+        self._depth += 1
+
+    def leave(self) -> None:
+        """The child is done."""
+        self._depth -= 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        self.names.add(getattr(func, "__name__", ""))
+        if not self._depth:
+            self.names.add(getattr(func, "__name__", ""))
         return func(*args, **(kwargs or {}))

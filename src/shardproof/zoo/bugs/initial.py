@@ -93,7 +93,7 @@ def shared_adapter_init_differs(setting: Setting) -> Experiment:
 
 
 @bug(
-    cause="buffers",
+    cause="initial-state",
     layout="hsdp",
     stages="initial-state",
     where="stats.mean",
@@ -111,7 +111,7 @@ def hsdp_buffers_not_broadcast(setting: Setting) -> Experiment:
 
 
 @bug(
-    cause="buffers",
+    cause="initial-state",
     layout="fsdp",
     stages="initial-state",
     where="pos.inv_freq",
@@ -130,7 +130,7 @@ def nonpersistent_buffer_garbage(setting: Setting) -> Experiment:
 
 
 @bug(
-    cause="buffers",
+    cause="initial-state",
     layout="fsdp",
     stages="initial-state",
     where="pos.inv_freq",
