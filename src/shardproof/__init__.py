@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from shardproof.diagnose.finding import Finding
     from shardproof.errors import (
         ExperimentError,
+        InvariantError,
         ParityError,
         PatternError,
         RankDied,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         StrategyError,
         UsageError,
     )
+    from shardproof.invariants import Violation, check_invariants
     from shardproof.parity import assert_parity, check
     from shardproof.report.data import Report, Run
     from shardproof.spec.experiment import Experiment
@@ -35,6 +37,7 @@ _HOMES = {
     "Experiment": "spec.experiment",
     "ExperimentError": "errors",
     "Finding": "diagnose.finding",
+    "InvariantError": "errors",
     "LossSum": "spec.loss",
     "Parallelism": "spec.parallelism",
     "ParityError": "errors",
@@ -50,8 +53,10 @@ _HOMES = {
     "StrategyError": "errors",
     "UsageError": "errors",
     "Verdict": "compare.verdict",
+    "Violation": "invariants",
     "assert_parity": "parity",
     "check": "parity",
+    "check_invariants": "invariants",
     "load": "spec.loading",
 }
 """Public name -> the module it lives in, loaded when the name is first used: `import shardproof` loads no torch."""
@@ -61,6 +66,7 @@ __all__ = [
     "Experiment",
     "ExperimentError",
     "Finding",
+    "InvariantError",
     "LossSum",
     "Parallelism",
     "ParityError",
@@ -76,9 +82,11 @@ __all__ = [
     "StrategyError",
     "UsageError",
     "Verdict",
+    "Violation",
     "__version__",
     "assert_parity",
     "check",
+    "check_invariants",
     "load",
 ]
 

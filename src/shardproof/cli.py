@@ -109,6 +109,9 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
     device: Annotated[Literal["cpu", "cuda"], typer.Option(metavar="DEVICE", help="Or cuda.")] = "cpu",
     reference: Annotated[str, typer.Option(metavar="NAME", help="The strategy to trust.")] = "single",
     shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="The order of the data.")] = False,
+    invariants: Annotated[
+        bool, typer.Option("--invariants", help="Replicas against each other; no reference.")
+    ] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Wait this long for an answer.")] = 600.0,
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as a web page.")] = None,
@@ -158,6 +161,7 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
                 steps=steps,
                 reference=reference,
                 shuffle=shuffle,
+                invariants=invariants,
                 timeout_s=timeout,
                 show=tuple(show_ranks or ()),
                 prove=prove,

@@ -9,13 +9,15 @@
     │   ├── RankFailed          user code raised on a rank
     │   ├── RankDied            the process of a rank ended (a signal, os._exit, out of memory)
     │   └── RankHung            no rank answered within the time limit
-    └── ParityError             layouts that should agree do not (also an AssertionError); exit code 1
+    ├── ParityError             layouts that should agree do not (also an AssertionError); exit code 1
+    └── InvariantError          replicas that should hold the same bits do not (also an AssertionError); exit code 1
 
 The exit codes are those of the command line.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -112,3 +114,23 @@ class ParityError(ShardproofError, AssertionError):
     def __init__(self, report: object) -> None:
         self.report = report
         super().__init__(f"\n{report}")
+
+
+SHOWN_VIOLATIONS = 8
+"""Violations that an InvariantError's text lists: the first ones are what the others follow from."""
+
+
+class InvariantError(ShardproofError, AssertionError):
+    """Ranks that should hold the same bits do not. `violations` holds what `check_invariants` would have returned."""
+
+    exit_code = 1
+
+    def __init__(self, violations: Sequence[object]) -> None:
+        self.violations = list(violations)
+        shown = [f"  {violation}" for violation in self.violations[:SHOWN_VIOLATIONS]]
+        if len(self.violations) > SHOWN_VIOLATIONS:
+            shown.append(f"  and {len(self.violations) - SHOWN_VIOLATIONS} more")
+        super().__init__("\n".join(["ranks that should hold the same do not:", *shown]))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return InvariantError, (self.violations,)

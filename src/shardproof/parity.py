@@ -15,7 +15,7 @@ from shardproof.errors import ParityError, StrategyError, UsageError
 from shardproof.prove import Prover
 from shardproof.ranks import start
 from shardproof.ranks.forked import ForkedRanks
-from shardproof.report.data import Report
+from shardproof.report.data import Report, Run
 from shardproof.report.progress import Progress, Silent
 from shardproof.session import Session
 from shardproof.spec.experiment import Experiment
@@ -37,6 +37,7 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     steps: int | None = None,
     reference: str | Parallelism | Experiment = "single",
     shuffle: bool = False,
+    invariants: bool = False,
     timeout_s: float = 600.0,
     show: Sequence[int] = (),
     prove: bool = False,
@@ -48,12 +49,18 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     `Parallelism`; all that fit `ranks` if None. `reference` is what is trusted: `single`, another strategy, or
     another Experiment that is trained on one device instead. `show` lists ranks whose tensors the report should hold.
     `timeout_s` limits each piece of work. `prove` plants faults in every run that agrees, one at a time, and reports
-    which of them this check would have caught; it changes no verdict.
+    which of them this check would have caught; it changes no verdict. `invariants` trains no reference at all: it holds
+    only what is replicated along a mesh axis against itself, bit by bit, which is quick and no proof of parity.
 
     Raises `UsageError` for wrong use or a broken experiment, `RankError` where a rank failed, died or hung. Under
     torchrun it returns None on every rank but the first.
     """
+    if invariants and reference != "single":
+        raise UsageError("invariants: replicas are held against each other, so leave reference out")
     layouts, left_out = _layouts(experiment, strategies, ranks)
+    if invariants and strategies is None:
+        # One rank has no replicas.
+        layouts = [layout for layout in layouts if layout.world_size > 1]
     trust = _trust(experiment, reference, ranks)
     size = max(layout.world_size for layout in (*layouts, *([trust] if trust else [])))
     bad = [rank for rank in show if not 0 <= rank < size]
@@ -69,20 +76,28 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
             steps=_steps(experiment, steps),
             shuffle=shuffle,
         )
-        session = Session(worker=worker, show=tuple(show), progress=progress or Silent(), trust=trust)
+        session = Session(
+            worker=worker, show=tuple(show), progress=progress or Silent(), trust=trust, invariants=invariants
+        )
         prover = Prover(session)
-        pending, runs = list(layouts), []
-        while pending or prover.unfinished:
+        pending = list(layouts)
+        runs: list[Run] = []
+        blind: tuple[str, ...] | None = None
+        while pending or (runs and blind is None) or prover.unfinished:
             with start(size, worker, timeout_s=timeout_s, device=device) as pool:
                 if not pool.leader:
                     return None  # type: ignore[return-value]  # the leader's report is the only one
                 session.use(pool)
                 try:
                     while pending:
-                        runs.append(session.check(pending[0]))
+                        check_one = session.check_invariants if invariants else session.check
+                        runs.append(check_one(pending[0]))
                         pending.pop(0)
                         if prove:
                             prover.add(runs[-1])
+                    if blind is None:
+                        # Beside a divergence nobody asks what else could have been found.
+                        blind = session.blind_spots() if all(run.ok for run in runs) else ()
                     prover.work()
                 except StrategyError as error:
                     # What nobody asked for by name need not fit; torchrun's ranks cannot be started anew.
@@ -97,10 +112,8 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
         steps=worker.steps,
         dtype=str(worker.dtype).removeprefix("torch."),
         device=device,
-        reference=f"single, of {_name(reference)}"
-        if isinstance(reference, Experiment)
-        else parse(reference, ranks).strategy,
-        warnings=tuple(left_out),
+        reference=_said(reference, ranks, invariants=invariants),
+        warnings=(*left_out, *(blind or ())),
         proofs=prover.proofs,
         time_s=time.perf_counter() - started,
     )
@@ -172,6 +185,14 @@ def _trust(experiment: Experiment, reference: str | Experiment | Parallelism, ra
     if layout.tp > 1 and not experiment.tp_plan and experiment.parallelize is None:
         raise StrategyError(f"reference {layout.strategy}: tensor parallelism needs Experiment.tp_plan or parallelize")
     return None if layout.world_size == 1 else layout
+
+
+def _said(reference: str | Parallelism | Experiment, ranks: int, *, invariants: bool) -> str:
+    if invariants:
+        return "its replicas"
+    if isinstance(reference, Experiment):
+        return f"single, of {_name(reference)}"
+    return parse(reference, ranks).strategy
 
 
 def _name(experiment: Experiment) -> str:

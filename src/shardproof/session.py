@@ -12,8 +12,10 @@ from shardproof.compare.verdict import Comparison
 from shardproof.compare.view import Observed
 from shardproof.diagnose.applied import check_applied, sharded_over
 from shardproof.diagnose.at_once import at_once
+from shardproof.diagnose.blind import Lived, blind_spots
 from shardproof.diagnose.case import Facts
 from shardproof.diagnose.explain import first_divergence, needs_numbers
+from shardproof.diagnose.invariants import explain_invariants
 from shardproof.errors import StrategyError, UsageError
 from shardproof.parallel.mesh import axis_of
 from shardproof.parallel.plan import splits_batch
@@ -64,6 +66,8 @@ class Session:
     progress: Progress
     trust: Parallelism | None = None
     """The layout to be trusted instead of one device."""
+    invariants: bool = False
+    """Nothing is trusted: replicas are held against each other."""
     last: Done | None = None
     """The run that was checked last."""
     _ranks: Ranks | None = None
@@ -71,6 +75,8 @@ class Session:
     _trusted: dict[str, Trusted] = field(default_factory=dict)
     """Digest of what was read -> the reference that read just that."""
     _content: Counter[str] | None = None
+    _lived: dict[str, tuple[Parallelism, Reads, str]] = field(default_factory=dict)
+    """Name of a run -> its layout, what it read, and the reference that it was held against."""
     _trusted_layout: bool = False
 
     def use(self, ranks: Ranks) -> None:
@@ -81,6 +87,8 @@ class Session:
         """
         self._ranks = ranks
         ranks.on_output = self.progress.message
+        if self.invariants:
+            return
         if self.worker.experiment.batches is None and not self._trusted:
             self._reference("reference", None)
         if self.trust is not None and not self._trusted_layout:
@@ -107,6 +115,8 @@ class Session:
         summaries = self._train(name, layout, variant or Variant())
         reads = self._understood(summaries, layout)
         trusted = self._trusted_for(name, reads, variant, right)
+        if variant is None:
+            self._lived[name] = (layout, reads, trusted.name)
         self.progress.starting(f"comparing {layout.strategy} with the reference")
         observed = self._observed(layout, reads)
         unclipped = self._unclipped(name, layout, variant)
@@ -167,6 +177,60 @@ class Session:
         if variant is None:
             self.progress.finished(run)
         self.last = Done(name=name, layout=layout, summaries=summaries, reads=reads, trusted=trusted)
+        return run
+
+    def blind_spots(self) -> tuple[str, ...]:
+        """What the experiment cannot show under the layouts that were checked."""
+        if not self._lived:
+            return ()
+        *_, (_, _, trusted) = self._lived.values()
+        layouts = {name: layout for name, (layout, _, _) in self._lived.items()}
+        lesson, counts = self.ranks.call("blind", trusted, layouts, ranks=[0], during="looking for blind spots")[0]
+        experiment = self.worker.experiment
+        return blind_spots(
+            lesson,
+            [Lived(parallelism=at, reads=reads, counts=counts[name]) for name, (at, reads, _) in self._lived.items()],
+            microbatches=experiment.microbatches,
+            own_layout=experiment.parallelize is not None,
+            own_step=experiment.train_step is not None,
+            max_grad_norm=experiment.max_grad_norm,
+        )
+
+    def check_invariants(self, layout: Parallelism) -> Run:
+        """Train under one layout and hold what is replicated against itself, without any reference."""
+        self._runs += 1
+        name = f"run{self._runs}"
+        started = time.perf_counter()
+        self.progress.starting(f"training under {layout}")
+        summaries = self._train(name, layout, Variant())
+        reads = self._understood(summaries, layout)
+        self.progress.starting(f"comparing the replicas of {layout.strategy}")
+        during = f"the comparison of {layout.strategy}"
+        observed, shapes = self._observed(layout, reads), summaries[0].shapes
+        seen = self.ranks.call("invariants", name, observed, shapes, ranks=[0], during=during)[0]
+        collectives = by_axis(summaries[0].collectives, layout)
+        pieces = [summaries[rank].pieces for rank in range(layout.world_size)]
+        shown = tuple(rank for rank in self.show if rank < layout.world_size)
+        run = Run(
+            strategy=layout.strategy,
+            degrees=dict(zip(AXES, layout.degrees, strict=True)),
+            comparisons=tuple(one.comparison for one in seen),
+            findings=tuple(
+                explain_invariants(
+                    seen,
+                    collectives=collectives if summaries[0].counted else None,
+                    misread=reads.misread,
+                    not_applied=check_applied(pieces, collectives, layout),
+                )
+            ),
+            sharded=sharded_over(pieces, layout),
+            collectives=collectives,
+            notes=self._notes(reads),
+            shown=self.ranks.call("show", name, shown, ranks=[0])[0] if shown else {},
+            invariants=True,
+            time_s=time.perf_counter() - started,
+        )
+        self.progress.finished(run)
         return run
 
     def _train(self, name: str, layout: Parallelism, variant: Variant) -> dict[int, Summary]:

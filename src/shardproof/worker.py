@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardproof.compare.assemble import assemble
+from shardproof.compare.invariants import Seen, compare_invariants
 from shardproof.compare.measure import distance, largest
 from shardproof.compare.parameters import compare as compare_parameter
 from shardproof.compare.run import compare_run
 from shardproof.compare.told import told_by
 from shardproof.compare.verdict import Comparison
 from shardproof.compare.view import Observed, Reference
+from shardproof.diagnose.blind import Counts, Lesson, counts_of, learn
 from shardproof.diagnose.case import Case, Facts
 from shardproof.diagnose.explain import explain, first_divergence
 from shardproof.diagnose.finding import Finding
@@ -247,6 +249,22 @@ class Worker:
                     probe=Probe(run),
                 )
             )
+
+    def invariants(
+        self, place: Place, name: str, observed: Observed, shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[Seen]:
+        """Hold the replicas of a run (`observed.ranks` is filled in here) against each other."""
+        del place
+        return compare_invariants(replace(observed, ranks=self._traces(name, observed)), shapes)
+
+    def blind(self, place: Place, trusted: str, runs: Mapping[str, Parallelism]) -> tuple[Lesson, dict[str, Counts]]:
+        """What the reference had to show, and what each part of the runs' batches counted."""
+        del place
+        counts = {
+            name: counts_of([Trace(self.trace(name, rank)) for rank in range(layout.world_size)], layout.tp)
+            for name, layout in runs.items()
+        }
+        return learn(Trace(self.trace(trusted, 0)), self.steps, self.dtype), counts
 
     def _traces(self, name: str, observed: Observed) -> list[Trace]:
         return [Trace(self.trace(name, rank)) for rank in range(observed.parallelism.world_size)]

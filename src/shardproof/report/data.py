@@ -56,22 +56,31 @@ class Run:
     shown: Mapping[int, tuple[Shown, ...]] = field(default_factory=dict)
     """Rank -> what it held, for the ranks that `show` asked for."""
 
+    invariants: bool = False
+    """Whether replicas were held against each other, and nothing against a reference."""
+
     time_s: float = 0.0
     """Wall clock of the run and its comparison."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found and something was compared: no finding, no tensor that differs, some that agree."""
+        """Whether nothing was found and something was compared: no finding, no tensor that differs, some that agree.
+
+        Without a reference nothing need be compared: where all is sharded there are no replicas.
+        """
         verdicts = self.verdicts
         agree = verdicts[Verdict.EQUAL] + verdicts[Verdict.ROUNDING]
-        return not self.findings and not verdicts[Verdict.DIFFERENT] and agree > 0
+        return not self.findings and not verdicts[Verdict.DIFFERENT] and (agree > 0 or self.invariants)
 
     @property
     def proven(self) -> bool:
         """Whether the run is `ok` and gradients or updated weights were among what was compared.
 
-        With dropout under data parallelism, for instance, everything behind the first draw is `not-checked`.
+        With dropout under data parallelism, for instance, everything behind the first draw is `not-checked`. Replicas
+        that agree prove nothing: they may all be wrong alike.
         """
+        if self.invariants:
+            return False
         trained = (c for c in self.comparisons if c.stage in ("gradient", "update"))
         return self.ok and any(c.verdict in (Verdict.EQUAL, Verdict.ROUNDING) for c in trained)
 
@@ -174,6 +183,11 @@ class Report:
     def proven(self) -> bool:
         """Whether every strategy is `ok`, and each by gradients or updated weights that were compared."""
         return bool(self.runs) and all(run.proven for run in self.runs)
+
+    @property
+    def invariants(self) -> bool:
+        """Whether replicas were held against each other, and nothing against a reference."""
+        return any(run.invariants for run in self.runs)
 
     @property
     def first(self) -> Finding | None:

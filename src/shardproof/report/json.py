@@ -35,6 +35,7 @@ def to_dict(report: Report) -> dict[str, object]:
         "proven": report.proven,
         "experiment": report.experiment,
         "reference": report.reference,
+        "invariants": report.invariants,
         "ranks": report.ranks,
         "steps": report.steps,
         "dtype": report.dtype,

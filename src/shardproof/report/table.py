@@ -23,11 +23,19 @@ LEGEND = (
     "noise floor. different: further away."
 )
 
+LEGEND_OF_REPLICAS = (
+    "equal: the same bits on all ranks that hold the same part. different: other bits on some of them. "
+    "No reference was trained: what all replicas have wrong is not seen."
+)
+
 
 def word(run: Run) -> tuple[str, str]:
     """The verdict on a run in one word, and its style."""
     if run.findings or run.verdicts[Verdict.DIFFERENT]:
         return "DIVERGES", "bold red"
+    if run.invariants:
+        # No parity without a reference; and no replicas where everything is sharded.
+        return ("consistent", "green") if run.verdicts[Verdict.EQUAL] else ("no replicas", "bold yellow")
     if not run.proven:
         # Never a pass for what was not looked at.
         return "UNPROVEN", "bold yellow"
@@ -47,7 +55,8 @@ def table(runs: Sequence[Run], width: int) -> Iterator[Text]:
     else:
         yield from _stacked(runs, width)
     yield Text()
-    yield from (Text(line, "dim") for line in wrapped(LEGEND, width))
+    legend = LEGEND_OF_REPLICAS if any(run.invariants for run in runs) else LEGEND
+    yield from (Text(line, "dim") for line in wrapped(legend, width))
 
 
 def _cells(run: Run) -> tuple[str, ...]:

@@ -57,6 +57,8 @@ def conclusion(report: Report, width: int = WIDTH) -> Text:
     diverging = [(run, found) for run in report.runs if (found := finding.first(run)) is not None]
     if diverging:
         return Text(_diverges([run.strategy for run, _ in diverging], diverging[0][1], width), "bold red")
+    if report.invariants:
+        return _consistent(report)
     unproven = [run.strategy for run in report.runs if word(run)[0] != "parity"]
     if unproven or not report.runs:
         who = ", ".join(unproven) or "any run"
@@ -66,6 +68,16 @@ def conclusion(report: Report, width: int = WIDTH) -> Text:
     else:
         who = f"{spelling.count(len(report.runs), 'strategy')} compute"
     return Text(f"parity: {who} the same training as {report.reference}", "bold green")
+
+
+def _consistent(report: Report) -> Text:
+    without = [run.strategy for run in report.runs if word(run)[0] != "consistent"]
+    if len(without) == len(report.runs):
+        return Text(f"NO REPLICAS: every rank of {', '.join(without)} holds a part of its own", "bold yellow")
+    agree = len(report.runs) - len(without)
+    who = spelling.count(agree, "strategy")
+    rest = f"; {', '.join(without)} {'has' if len(without) == 1 else 'have'} none" if without else ""
+    return Text(f"consistent: the replicas of {who} hold the same bits{rest}", "bold green")
 
 
 def _diverges(strategies: list[str], found: Finding, width: int) -> str:
@@ -85,7 +97,8 @@ def _header(report: Report, width: int) -> Iterator[Text]:
     sizes = f"{spelling.count(report.ranks, 'rank')}, {spelling.count(report.steps, 'step')}, {report.device}"
     time = f", {spelling.duration(report.time_s)}" if report.time_s else ""
     yield from (Text(line, "bold") for line in wrapped(f"shardproof: {report.experiment}", width))
-    yield from (Text(line) for line in wrapped(f"against {report.reference}, {report.dtype}, {sizes}{time}", width))
+    against = "replicas against each other" if report.invariants else f"against {report.reference}"
+    yield from (Text(line) for line in wrapped(f"{against}, {report.dtype}, {sizes}{time}", width))
 
 
 def _divergences(report: Report, width: int, *, verbose: bool) -> Iterator[Text]:

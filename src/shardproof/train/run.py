@@ -22,6 +22,7 @@ from shardproof.parallel.collectives import CountCollectives
 from shardproof.parallel.data import GlobalBatches, Microbatch, cast, dataset_of
 from shardproof.parallel.held import Held, held_parameters, ties
 from shardproof.parallel.layout import lay_out
+from shardproof.parallel.names import canonical_buffers
 from shardproof.parallel.piece import Piece
 from shardproof.parallel.seeding import seed_everything
 from shardproof.spec.experiment import Experiment
@@ -98,6 +99,12 @@ class Summary:
     left_behind: tuple[str, ...] = ()
     """Trainable parameters that the optimizer does not hold: rightly so, where it was built over a subset."""
 
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Canonical name of a parameter or buffer -> its shape before the model was laid out."""
+
+    counted: bool = True
+    """Whether `collectives` could be counted: a compiled model is not looked into."""
+
     train_s: float = 0.0
     """Wall clock of the steps alone."""
 
@@ -136,6 +143,8 @@ class TracedRun:
         self.dtype = torch.float64 if variant.widened else settings.dtype
         with initial.default_dtype(self.dtype):
             self.shapes = {held.name: tuple(held.leaf.shape) for held in held_parameters(model)}
+            buffers = dict(canonical_buffers(model))
+            self.buffers = {name: tuple(b.shape) for name, b in buffers.items() if isinstance(b, Tensor)}
             for pattern in experiment.placements or {}:
                 select(self.shapes, pattern, field="placements", kind="parameter")
             if self.planting is not None:
@@ -228,6 +237,8 @@ class TracedRun:
             collectives=dict(counted.counts),
             strangers=_strangers(self.optimizer, self.parameters),
             left_behind=_left_behind(self.optimizer, self.parameters),
+            shapes=self.shapes | self.buffers,
+            counted=_countable(self.root),
             train_s=time.perf_counter() - started,
             planted=0 if self.planting is None else self.planting.planted,
         )
