@@ -290,6 +290,12 @@ class Aligned:
     """This rank's elements of a tensor shaped like `part`."""
     dim: int | None = None
     """Along which the peers hold slices; None where each holds all of it."""
+    place: tuple[int, int, int] = (0, 1, 1)
+    """Which samples of the whole batch these are, as `Observed.part`."""
+
+    def same_part(self, whole: Tensor) -> Tensor | None:
+        """The same samples of another tensor of the whole batch; None where that is not shaped alike."""
+        return next((wide(p) for p in parts_of(whole, self.place) if p.shape == self.part.shape), None)
 
     @property
     def want(self) -> Tensor:
@@ -310,7 +316,7 @@ def aligned(key: Key, observed: Observed, reference: Reference) -> list[Aligned]
         own = next((made for part in parts_of(whole, place) if (made := _aligned(cell, wide(part)))), None)
         if own is None:
             return []
-        found += own
+        found += [replace(one, place=place) for one in own]
     return found
 
 

@@ -68,16 +68,12 @@ def _between_peers(
 def _between_data_ranks(
     shown: Mapping[int, tuple[Record, Tensor]], observed: Observed
 ) -> tuple[str, tuple[int, ...]] | None:
-    alike: dict[int, list[int]] = defaultdict(list)
-    for rank, (record, _) in shown.items():
-        if observed.parallelism.coordinates(rank)["tp"] == 0:
-            alike[record.draws].append(rank)
-    for ranks in alike.values():
-        tensors = [shown[rank][1] for rank in ranks]
-        if len(ranks) < 2 or len({t.shape for t in tensors}) > 1:
-            continue
-        kept = tensors[0] != 0
-        masked = int(kept.sum()) >= FEWEST and int((~kept).sum()) >= FEWEST
-        if masked and all(torch.equal(t != 0, kept) for t in tensors) and not torch.equal(tensors[0], tensors[1]):
-            return DP_ALIKE, tuple(ranks)
+    ranks = [rank for rank in shown if observed.parallelism.coordinates(rank)["tp"] == 0]
+    tensors = [shown[rank][1] for rank in ranks]
+    if len(ranks) < 2 or len({tensor.shape for tensor in tensors}) > 1:
+        return None
+    kept = tensors[0] != 0
+    masked = int(kept.sum()) >= 2 * FEWEST and int((~kept).sum()) >= 2 * FEWEST
+    if masked and all(torch.equal(t != 0, kept) for t in tensors) and not torch.equal(tensors[0], tensors[1]):
+        return DP_ALIKE, tuple(ranks)
     return None

@@ -73,6 +73,33 @@ def fitted(case: Case, wrong: Sequence[Comparison]) -> Fitted | None:
     )
 
 
+def mixed_pieces(case: Case) -> dict[int, list[tuple[int, float]]] | None:
+    """Rank -> (rank whose piece it should be, coefficient), where each holds right gradients of several pieces.
+
+    None where the first wrong gradient is not made up so, or is not cut into pieces.
+    """
+    held = case.shares(case.first)
+    want = case.reference.tensors(case.first.key)
+    parts = [p for p in case.contributions if case.first.name in p.gradients]
+    places = {share.place: share for share in reversed(held)}
+    if not want or not parts or len(places) < 2:
+        return None
+    found: dict[int, list[tuple[int, float]]] = {}
+    worst = 0.0
+    for share in held:
+        peers = [places[share.place], *(o for place, o in places.items() if place != share.place)]
+        alike = [o for o in peers if o.got.shape == share.got.shape]
+        columns = [(o.rank, o.take(p.gradients[case.first.name])) for o in alike for p in parts]
+        basis = torch.stack([column for _, column in columns], 1)
+        if len(basis) < 2 * basis.shape[1] or not bool(basis.isfinite().all() and share.got.isfinite().all()):
+            return None
+        solved = torch.linalg.lstsq(basis, share.got.unsqueeze(1), driver="gelsd").solution[:, 0]
+        worst = max(worst, largest((share.got - basis @ solved).abs()) / (case.first.floor or 1.0))
+        found[share.rank] = [(rank, float(c)) for (rank, _), c in zip(columns, solved, strict=True)]
+    limit = max(MULTIPLE * 4, 1e-8 * case.first.error / (case.first.floor or 1.0))
+    return found if case.fits("gradients of several ranks' pieces mixed", worst, limit=limit) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Equations:
     """Per rank: the elements it holds, in units of their noise floors, beside those of the contributions."""

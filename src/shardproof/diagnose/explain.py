@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose import (
@@ -23,7 +24,7 @@ from shardproof.diagnose import (
 )
 from shardproof.diagnose.at_once import at_once
 from shardproof.diagnose.case import Case, Diagnosis, Facts
-from shardproof.diagnose.finding import Finding
+from shardproof.diagnose.finding import Finding, Hypothesis
 from shardproof.spec.stages import STAGES
 
 Family = Callable[[Case], Diagnosis | None]
@@ -37,9 +38,11 @@ FAMILIES: Mapping[str, tuple[Family, ...]] = {
         forward.not_reduced,
         forward.bias,
         forward.averaged,
+        forward.branch,
         layout.of_output,
         attention.positions,
         layout.fused,
+        forward.wrong_group,
         precision.lost,
         attention.forward,
     ),
@@ -50,6 +53,7 @@ FAMILIES: Mapping[str, tuple[Family, ...]] = {
         scale.subset,
         sums.over_tp,
         reduction.combined,
+        reduction.mixed,
         sums.over_data,
         precision.lost,
         attention.backward,
@@ -101,7 +105,7 @@ def needs_numbers(comparisons: Sequence[Comparison], facts: Facts) -> bool:
 def explain(case: Case) -> Finding:
     """The finding for the first divergence of a case."""
     first = case.first
-    made = next((d for family in FAMILIES.get(first.stage, ()) if (d := family(case)) is not None), None)
+    made = next((d for family in FAMILIES.get(first.stage, ()) if (d := _asked(family, case)) is not None), None)
     diagnosis = made or Diagnosis(
         cause=STAGE_CAUSES.get(first.stage, "unexplained"),
         factor=first.ratio,
@@ -126,6 +130,17 @@ def explain(case: Case) -> Finding:
         polluted=polluted,
         tried=tuple(case.tried),
     )
+
+
+def _asked(family: Family, case: Case) -> Diagnosis | None:
+    """What a family makes of a case. A cause that cannot be sought must not cost the finding itself."""
+    try:
+        return family(case)
+    except Exception as error:  # noqa: BLE001 (user models run here, and whatever they raise says nothing of the run)
+        case.tried.append(
+            Hypothesis(name=f"{family.__module__}.{family.__name__} ended in {error!r}", residual=inf, holds=False)
+        )
+        return None
 
 
 def _order(step: int, stage: str) -> tuple[int, int]:

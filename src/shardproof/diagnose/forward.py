@@ -13,6 +13,7 @@ from shardproof.compare.measure import largest, wide
 from shardproof.compare.verdict import Comparison
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.factors import axes_of, simple
+from shardproof.diagnose.origin import fed
 from shardproof.parallel.names import ROOT
 
 SUM_IT = "sum the output over tp before it is used (all_reduce, or output_layouts=Replicate())"
@@ -68,9 +69,9 @@ def _unsummed(comparisons: Sequence[Comparison], first: Comparison) -> Compariso
 
 def bias(case: Case) -> Diagnosis | None:
     """The output is off by a multiple of one vector that the module adds, the same for every token."""
-    shown = _shown(case)
-    for name, vector in _vectors(case, shown):
-        added = _multiple([(a.got - a.want, a.take(_spread(vector, a))) for a in shown], case)
+    shown = shown_of(case)
+    for name, vector in vectors(case, shown):
+        added = _multiple([(a.got - a.want, a.take(spread(vector, a))) for a in shown], case)
         if added is None:
             continue
         times = simple(added + 1, 1e-6)
@@ -87,14 +88,121 @@ def bias(case: Case) -> Diagnosis | None:
     return None
 
 
+def branch(case: Case) -> Diagnosis | None:
+    """The output is off by a multiple of what one module inside it gives: a whole added on every rank."""
+    shown = shown_of(case)
+    prefix = "" if case.first.name == ROOT else f"{case.first.name}."
+    inside = [
+        key
+        for key in case.reference.trace.by_key
+        if key[:2] == (case.first.step, "forward") and key[2].startswith(prefix) and key[2] != case.first.name
+    ]
+    for key in inside if shown else ():
+        wholes = case.reference.tensors(key)
+        pairs = []
+        for one in shown:
+            part = one.same_part(wholes[one.cell.call]) if one.cell.call < len(wholes) else None
+            if part is None:
+                break
+            pairs.append((one.got - one.want, one.take(part)))
+        added = _multiple(pairs, case) if len(pairs) == len(shown) else None
+        if added is None:
+            continue
+        times = simple(added + 1, 1e-6)
+        tp = case.facts.parallelism.tp
+        case.fits(f"what {key[2]} gives added {times:.6g} times", 0.0)
+        return Diagnosis(
+            cause="bias-counted-k-times",
+            axis="tp" if tp > 1 and times in (0.0, tp, 1 / tp) else None,
+            factor=times,
+            evidence=f"the output of {case.first.name} is off by {added:.6g} times what {key[2]} gives: that is whole "
+            f"on every rank, and was added {times:.6g} times instead of once",
+            fix="add what is whole on every rank after partial outputs are summed over tp, or divide it by tp before",
+        )
+    return None
+
+
+def wrong_group(case: Case) -> Diagnosis | None:
+    """The output is the sum of partial outputs, but of other ranks' than those of the tp group."""
+    parallelism = case.facts.parallelism
+    shown = shown_of(case)
+    given = {(cell.data_rank, cell.microbatch, call): value for cell, value, call in fed(case.first.name, case)}
+    if parallelism.tp == 1 or not shown or not given or any(one.dim is not None for one in shown):
+        return None
+    held: dict[int, set[int]] = {}
+    for one in shown:
+        if one.rank in held or largest((one.got - one.want).abs()) <= 6 * case.first.floor:
+            continue
+        at = (one.cell.microbatch, one.cell.call)
+        found = _partials(case, {d: value for (d, *place), value in given.items() if tuple(place) == at})
+        ranks = None if found is None else _summed_ranks(one, *found, case)
+        if ranks is None:
+            return None
+        held[one.rank] = ranks
+    right = {r: set(case.observed.tp_peers(parallelism.coordinates(r)["dp"])) for r in held}
+    wrong = {r: ranks for r, ranks in held.items() if ranks != right[r]}
+    if not wrong or not case.fits("the sum of other ranks' partial outputs", 0.0):
+        return None
+    said = "; ".join(f"rank {r} holds the sum of those of {_listed(ranks)}" for r, ranks in list(wrong.items())[:4])
+    return Diagnosis(
+        cause="wrong-group",
+        axis="tp",
+        evidence=f"the partial outputs of {case.first.name} were summed over other ranks than a tp group: {said}",
+        fix="reduce over the process group of the tp axis, mesh['tp'].get_group()",
+    )
+
+
+def _summed_ranks(one: Aligned, bias: Tensor, partials: dict[int, Tensor], case: Case) -> set[int] | None:
+    """The ranks whose partial outputs add up to what a rank holds; None where no such sum does."""
+    basis = torch.stack([partial.reshape(-1) for partial in partials.values()], 1)
+    values = (one.got - bias).reshape(-1)
+    if len(values) < 2 * basis.shape[1] or not bool(basis.isfinite().all() and values.isfinite().all()):
+        return None
+    solved = torch.linalg.lstsq(basis, values.unsqueeze(1), driver="gelsd").solution[:, 0]
+    size = max(1.0, float(solved.abs().sum()))
+    if not largest((values - basis @ solved).abs()) <= 24 * case.first.floor * size:
+        return None
+    if bool(((solved - solved.round()).abs() > 1e-6).any()):
+        return None
+    return {rank for rank, c in zip(partials, solved, strict=True) if abs(float(c)) > 0.5}
+
+
+def _listed(ranks: set[int]) -> str:
+    return f"rank {', '.join(map(str, sorted(ranks)))}" if ranks else "nobody"
+
+
+def _partials(case: Case, given: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]] | None:
+    """The module's bias, and what it makes of each rank's slice of the input features alone, on one device."""
+    probe, tp = case.probe, case.facts.parallelism.tp
+    if probe is None or len({value.shape for value in given.values()}) != 1:
+        return None
+    zero = probe.ask(case.first.name, torch.zeros_like(next(iter(given.values()))))
+    if zero is None:
+        return None
+    found = {}
+    for data_rank, value in sorted(given.items()):
+        features = value.shape[-1]
+        if features % tp:
+            return None
+        for number in range(tp):
+            alone = torch.zeros_like(value)
+            start = number * features // tp
+            alone[..., start : start + features // tp] = value[..., start : start + features // tp]
+            answer = probe.ask(case.first.name, alone)
+            if answer is None:
+                return None
+            found[data_rank * tp + number] = wide(answer.output) - wide(zero.output)
+    return wide(zero.output), found
+
+
 def averaged(case: Case) -> Diagnosis | None:
     """The part of the output that does not stem from a bias is one multiple of the right one."""
-    shown = _shown(case)
-    nothing: list[tuple[str, Tensor | None]] = [("", None), *_vectors(case, shown)]
+    shown = shown_of(case)
+    nothing: list[tuple[str, Tensor | None]] = [("", None), *vectors(case, shown)]
     for name, vector in nothing:
         pairs = []
         for a in shown:
-            bias = 0.0 if vector is None else a.take(_spread(vector, a))
+            bias = 0.0 if vector is None else a.take(spread(vector, a))
             pairs.append((a.got - bias, a.want - bias))
         factor = _multiple(pairs, case)
         if factor is None or abs(factor - 1) < 1e-6:
@@ -115,11 +223,12 @@ def averaged(case: Case) -> Diagnosis | None:
     return None
 
 
-def _shown(case: Case) -> list[Aligned]:
+def shown_of(case: Case) -> list[Aligned]:
+    """The first wrong output beside the reference's, rank by rank."""
     return aligned(case.first.key, case.observed, case.reference) if case.first.stage == "forward" else []
 
 
-def _vectors(case: Case, shown: Sequence[Aligned]) -> Iterator[tuple[str, Tensor]]:
+def vectors(case: Case, shown: Sequence[Aligned]) -> Iterator[tuple[str, Tensor]]:
     """Parameters of the module that are one vector over its output's features."""
     if case.probe is None or not shown or shown[0].part.dim() < 1:
         return
@@ -129,7 +238,8 @@ def _vectors(case: Case, shown: Sequence[Aligned]) -> Iterator[tuple[str, Tensor
             yield name, wide(value.cpu())
 
 
-def _spread(vector: Tensor, one: Aligned) -> Tensor:
+def spread(vector: Tensor, one: Aligned) -> Tensor:
+    """A vector over the features for every token."""
     return vector.expand_as(one.part)
 
 

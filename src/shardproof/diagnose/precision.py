@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +11,13 @@ from torch import Tensor
 from shardproof.compare.activations import aligned
 from shardproof.compare.measure import wide
 from shardproof.diagnose.case import Case, Diagnosis
+from shardproof.diagnose.forward import spread, vectors
 
-NARROW = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Dtypes of fewer digits, most digits first."""
+NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Dtypes of fewer digits, fewest first: what is whole in one is mostly whole in the next."""
+
+TENSORS = 8
+"""Wrong tensors of a stage that are looked at together."""
 
 FEW = 8
 """Fewer numbers than this say nothing about how they were rounded."""
@@ -25,57 +30,77 @@ ULPS = 64.0
 
 
 def lost(case: Case) -> Diagnosis | None:
-    """The error is that of a narrower dtype: small beside every element, and of no other shape."""
-    pairs = _pairs(case)
-    if pairs is None:
+    """The error is that of a narrower dtype: small beside the tensor, and of no other shape."""
+    return next((found for pairs in _pairs(case) if (found := _narrowed(pairs, case)) is not None), None)
+
+
+def _narrowed(pairs: Sequence[tuple[Tensor, Tensor]], case: Case) -> Diagnosis | None:
+    if sum(int((got != want).sum()) for got, want in pairs) < FEW:
         return None
-    got, want = pairs
-    moved = got != want
-    if int(moved.sum()) < FEW or not bool(got.isfinite().all()):
+    if not all(bool(got.isfinite().all()) for got, _ in pairs):
         return None
-    size = float(want.abs().max())
-    error = float((got - want).abs().max())
-    own = torch.finfo(case.reference.tensors(case.first.key)[0].dtype).eps
+    dtype_of_run = case.reference.tensors(case.first.key)[0].dtype
     for name, dtype in NARROW.items():
-        eps = torch.finfo(dtype).eps
-        if eps <= own:
+        if torch.finfo(dtype).eps <= torch.finfo(dtype_of_run).eps:
             continue
-        times = _whole(got, dtype) if error <= ULPS * eps * size else 0
-        # Rounding spreads to both sides, and is no smaller than half a unit: a fault has a direction and any size. So
-        # small an error as float32's is hardly ever anything else; a larger one is told by the values alone.
-        noise = dtype == torch.float32 and eps / 32 * size <= error <= ULPS / 8 * eps * size
-        if times or (noise and _both_sides(got - want) and _follows_size(got, want, eps)):
-            said = (
-                f"{'all its values' if times == 1 else f'{times} times each of its values'} are whole {name} numbers"
-                if times
-                else f"it is off by at most {error / (eps * size):.2g} units in the last place of {name}, to both sides"
-            )
-            if not case.fits(f"rounded to {name}", 0.0):
-                return None
-            dtype_of_run = str(case.reference.tensors(case.first.key)[0].dtype).removeprefix("torch.")
+        said = _rounded(pairs, dtype, name)
+        if said and case.fits(f"rounded to {name}", 0.0):
             return Diagnosis(
                 cause="precision",
-                evidence=f"{said}: the run is in {dtype_of_run}, whose rounding moves it by {case.first.floor:.2g}",
+                evidence=f"{said}: the run is in {str(dtype_of_run).removeprefix('torch.')}, where rounding moves "
+                f"{case.first.floor:.2g}",
                 fix=f"find what is computed, stored or reduced in {name} here (a cast, reduce_dtype, a buffer) and "
                 "keep it in the run's own dtype",
             )
     return None
 
 
-def _pairs(case: Case) -> tuple[Tensor, Tensor] | None:
+def _rounded(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, name: str) -> str:
+    """In words how the tensors were rounded to `dtype`; empty where they were not."""
+    eps = torch.finfo(dtype).eps
+    # Each beside its own size: a gradient that is zero but for rounding has none.
+    sizes = [float(want.abs().max()) for _, want in pairs]
+    errors = [float((got - want).abs().max()) for got, want in pairs]
+    if any(error > ULPS * eps * size for error, size in zip(errors, sizes, strict=True)):
+        return ""
+    times = _whole(torch.cat([got for got, _ in pairs]), dtype)
+    if times:
+        return f"{'all values' if times == 1 else f'{times} times each value'} are whole {name} numbers"
+    # Rounding spreads to both sides, and is no smaller than half a unit: a fault has a direction and any size. So
+    # small an error as float32's is hardly ever anything else; a larger one is told by the values alone.
+    got, want = pairs[0]
+    noise = dtype == torch.float32 and eps / 32 * sizes[0] <= errors[0] <= ULPS / 8 * eps * sizes[0]
+    if noise and _both_sides(got - want) and _follows_size(got, want, eps):
+        return (
+            f"it is off by at most {errors[0] / (eps * sizes[0]):.2g} units in the last place of {name}, to both sides"
+        )
+    return ""
+
+
+def _pairs(case: Case) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """(got, want) of the first wrong tensor, and of several, as one alone may hold a few numbers."""
     first = case.first
     want = case.reference.tensors(first.key)
     if not want or not want[0].is_floating_point() or math.isnan(first.error):
-        return None
+        return
     if first.stage in ("forward", "backward"):
         shown = aligned(first.key, case.observed, case.reference)
-        got = [(one.got.reshape(-1), one.want.reshape(-1)) for one in shown]
-    else:
-        got = [(share.got, share.take(wide(want[0]))) for share in case.shares(first)]
-    wrong = [(g, w) for g, w in got if g.numel() and not torch.equal(g, w)]
-    if not wrong:
-        return None
-    return torch.cat([g for g, _ in wrong]), torch.cat([w for _, w in wrong])
+        yield [(one.got.reshape(-1), one.want.reshape(-1)) for one in shown]
+        for _, vector in vectors(case, shown):
+            # Rounded before a bias was added.
+            yield [
+                ((one.got - bias).reshape(-1), (one.want - bias).reshape(-1))
+                for one in shown
+                for bias in [one.take(spread(vector, one))]
+            ]
+        return
+    found = []
+    for comparison in case.wrong[:TENSORS]:
+        whole = case.reference.tensors(comparison.key)
+        got = [(share.got, share.take(wide(whole[0]))) for share in case.shares(comparison)]
+        found += [(torch.cat([g for g, _ in got]), torch.cat([w for _, w in got]))] if got else []
+    yield found[:1]
+    yield [(g, w) for g, w in found if g.numel() and not torch.equal(g, w)]
 
 
 def _whole(got: Tensor, dtype: torch.dtype) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from shardproof.compare.measure import MULTIPLE
 from shardproof.compare.verdict import Comparison
 from shardproof.diagnose.case import Case, Diagnosis
-from shardproof.diagnose.coefficients import Fitted, fitted
+from shardproof.diagnose.coefficients import Fitted, fitted, mixed_pieces
 from shardproof.diagnose.factors import axes_of, axis_name
 from shardproof.diagnose.sums import DATA, not_reduced_fix
 from shardproof.spec.parallelism import AXES
@@ -33,6 +33,27 @@ def combined(case: Case) -> Diagnosis | None:
         if case.fits(f"a combination of {len(found.parts)} contributions", found.residual, limit=limit):
             return _Pattern.of(case, found).diagnosis()
     return None
+
+
+def mixed(case: Case) -> Diagnosis | None:
+    """Pieces that different ranks hold were added up as if they were copies of one."""
+    found = mixed_pieces(case)
+    if found is None:
+        return None
+    said = []
+    for rank, columns in list(found.items())[:4]:
+        others = sorted({other for other, c in columns if abs(c) > 1e-6})
+        said.append(f"rank {rank} holds a mix of the pieces of ranks {', '.join(map(str, others))}")
+    if all(len({other for other, c in columns if abs(c) > 1e-6}) < 2 for columns in found.values()):
+        return None
+    return Diagnosis(
+        cause="wrong-group",
+        axis="tp" if case.facts.parallelism.tp > 1 else "dp",
+        evidence=f"{'; '.join(said)} of {case.first.name}: pieces that lie in different places were reduced with each "
+        "other",
+        fix="reduce each shard over the ranks that hold the same shard, and over no others: the group of a mesh axis, "
+        "as mesh['dp'] or mesh['dp_replicate']",
+    )
 
 
 def _sets(case: Case) -> list[list[Comparison]]:

@@ -40,8 +40,36 @@ def _over(case: Case, sets: Sequence[tuple[str, ...]]) -> Diagnosis | None:
         size = len(groups[0])
         if case.fits(f"the sum over {name} is right", _residual(groups, case, mean=False)):
             return _not_summed(case, name, axes, size)
+        other = _reduced_elsewhere(groups, case, axes)
+        if other is not None:
+            return other
         if "tp" not in axes and case.fits(f"the mean over {name} is right", _residual(groups, case, mean=True)):
             return _not_reduced(case, name, size)
+    return None
+
+
+def _reduced_elsewhere(groups: Sequence[Sequence[Share]], case: Case, axes: Sequence[str]) -> Diagnosis | None:
+    """Whether the sum is as many times too large as another axis has ranks: over that one it was summed instead."""
+    parallelism = case.facts.parallelism
+    want = case.reference.tensors(case.first.key)[0]
+    for other in AXES:
+        times = getattr(parallelism, other)
+        if other in axes or times == 1:
+            continue
+        far = 0.0
+        for group in groups:
+            total, right = torch.stack([share.got for share in group]).sum(0), group[0].take(want)
+            far = max(far, largest((total - times * right).abs()) / (case.first.floor * len(group) * times))
+        name = axis_name(axes, parallelism)
+        if case.fits(f"the sum over {name} is {other}={times} times the right one", far):
+            return Diagnosis(
+                cause="wrong-group",
+                axis=name,
+                factor=float(times),
+                evidence=f"the ranks along {name} hold different gradients of {case.first.name}, whose sum is {times} "
+                f"times the reference's: it was summed over {other} instead of {name}",
+                fix=f"reduce this gradient over the process group of mesh['{name}'], not that of {other}",
+            )
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import zlib
+from functools import lru_cache
 
 import torch
 
@@ -24,9 +25,20 @@ def seed_everything(*parts: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
+@lru_cache(maxsize=16)
+def _unused(seed: int) -> int:
+    """Fingerprint of torch's generator just after it was seeded."""
+    return zlib.crc32(torch.Generator().manual_seed(seed).get_state().numpy().data)
+
+
 def generators(device: torch.device) -> int:
-    """Fingerprint of every generator that a model on `device` may draw from: changes when one of them is drawn from."""
+    """Fingerprint of every generator that a model on `device` may draw from: changes when one of them is drawn from.
+
+    torch's own may be seeded anew without a change: what nobody has drawn from yet looks the same under every seed.
+    """
     found = zlib.crc32(torch.get_rng_state().numpy().data)
+    if found == _unused(torch.initial_seed()):
+        found = 0
     if device.type == "cuda":
         found = zlib.crc32(torch.cuda.get_rng_state(device).numpy().data, found)
     at = 0

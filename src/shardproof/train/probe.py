@@ -16,8 +16,8 @@ from shardproof.parallel.names import ROOT, canonical_modules
 from shardproof.trace.leaves import leaves
 from shardproof.train.run import TracedRun
 
-ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "multi_head_attention_forward"})
-"""Functions by which a module is known to compute attention."""
+ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "logsumexp", "multi_head_attention_forward"})
+"""Functions of which a module that computes attention calls one or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Probe:
         )
 
     def computes_attention(self, name: str, given: Tensor) -> bool:
-        """Whether a module calls one of the functions that attention is made of, itself and not in a child."""
+        """Whether a module mixes tokens (along dim 1) by a softmax of its own, not of a child's."""
         seen = _Seen()
         hooks = []
         for child in self.children(name):
@@ -108,7 +108,15 @@ class Probe:
         finally:
             for hook in hooks:
                 hook.remove()
-        return answer is not None and bool(seen.names & ATTENTION)
+        return answer is not None and bool(seen.names & ATTENTION) and self._mixes(name, given, answer.output)
+
+    def _mixes(self, name: str, given: Tensor, output: Tensor) -> bool:
+        if given.dim() < 3 or output.dim() < 3 or not given.is_floating_point() or output.shape[1] < 2:
+            return False
+        moved = given.detach().clone()
+        moved[:, 0] = moved[:, 0].flip(-1) + 1
+        other = self.ask(name, moved)
+        return other is not None and not torch.equal(other.output[:, -1], output[:, -1])
 
 
 class _Seen(TorchFunctionMode):

@@ -235,13 +235,13 @@ def hsdp_early_mb_not_replicated(setting: Setting) -> Experiment:
 
 
 @bug(
-    cause="wrong-group",
+    cause="grad-not-reduced",
     layout="hsdp",
     stages="gradient",
     where="fc3.*",
     source="NVIDIA/Megatron-LM PR #5006, #7452",
 )
-def wrong_group_shards_only(setting: Setting) -> Experiment:
+def hsdp_replicas_forgotten(setting: Setting) -> Experiment:
     """Gradients are averaged over the ranks of the own shard group, and the replicas were forgotten."""
     return mlp(setting, parallelize=sharded_alone)
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from shardproof.spec.experiment import Experiment
 from shardproof.train.step import Step
 from shardproof.zoo.entry import bug
-from shardproof.zoo.fixtures.decoder import Decoder, decoder
-from shardproof.zoo.fixtures.megatron import split_sequence
 from shardproof.zoo.fixtures.mlp import Mlp, mlp
 from shardproof.zoo.fixtures.steps import plain_step
 from shardproof.zoo.setting import Setting
@@ -67,38 +65,6 @@ def tp_rank_seeded_dropout(setting: Setting) -> Experiment:
         return plain_step(step)
 
     return _dropped(setting, train_step=step)
-
-
-class _DroppedTokens(Decoder):
-    """The decoder with dropout on its embeddings, which lie in sequence slices under sequence parallelism."""
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.drop = nn.Dropout(0.25)
-
-    def forward(self, tokens: Tensor) -> Tensor:  # (batch, length) -> (batch, length, words)
-        positions = torch.arange(tokens.shape[1]).unsqueeze(0)
-        x = self.drop(self.tok(tokens) + self.pos(positions))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))  # type: ignore[no-any-return]
-
-
-@bug(
-    cause="rng",
-    layout="tp",
-    stages="forward",
-    where="drop",
-    source="PaddlePaddle/PaddleFleetX PR #1005, ecmwf/anemoi-core #595",
-)
-def sp_same_mask(setting: Setting) -> Experiment:
-    """Ranks that hold different slices of the sequence draw their dropout masks under the same seed."""
-
-    def step(step: Step) -> Tensor:
-        torch.manual_seed(setting.seed + step.index)
-        return plain_step(step)
-
-    return decoder(setting, model=lambda: _DroppedTokens(setting), parallelize=split_sequence, train_step=step)
 
 
 @bug(
