@@ -23,6 +23,7 @@ NOT_RUN = {
     "git": "needs a network",
     "torchrun": "tests/ranks/test_joined_ranks.py starts it",
     "python": "benchmarks take minutes",
+    "env": "the long draw takes minutes; tests/test_no_false_alarm.py takes a short one",
 }
 """First word of a command that is not run here -> why."""
 

@@ -6,6 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from shardproof.errors import ParityError, StrategyError, UsageError
 from shardproof.prove import Prover
-from shardproof.ranks import start
+from shardproof.ranks import Ranks, start
 from shardproof.ranks.forked import ForkedRanks
 from shardproof.report.data import Report, Run
 from shardproof.report.progress import Progress, Silent
@@ -57,6 +58,8 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     """
     if invariants and reference != "single":
         raise UsageError("invariants: replicas are held against each other, so leave reference out")
+    if prove and invariants:
+        raise UsageError("prove plants faults in a check against the reference, and invariants has none: choose one")
     layouts, left_out = _layouts(experiment, strategies, ranks)
     if invariants and strategies is None:
         # One rank has no replicas.
@@ -79,44 +82,69 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
         session = Session(
             worker=worker, show=tuple(show), progress=progress or Silent(), trust=trust, invariants=invariants
         )
-        prover = Prover(session)
-        pending = list(layouts)
-        runs: list[Run] = []
-        blind: tuple[str, ...] | None = None
-        while pending or (runs and blind is None) or prover.unfinished:
+        work = _Work(
+            session=session, pending=list(layouts), left_out=left_out, prove=prove, may_leave_out=strategies is None
+        )
+        while work.unfinished:
             with start(size, worker, timeout_s=timeout_s, device=device) as pool:
                 if not pool.leader:
                     return None  # type: ignore[return-value]  # the leader's report is the only one
-                session.use(pool)
-                try:
-                    while pending:
-                        check_one = session.check_invariants if invariants else session.check
-                        runs.append(check_one(pending[0]))
-                        pending.pop(0)
-                        if prove:
-                            prover.add(runs[-1])
-                    if blind is None:
-                        # Beside a divergence nobody asks what else could have been found.
-                        blind = session.blind_spots() if all(run.ok for run in runs) else ()
-                    prover.work()
-                except StrategyError as error:
-                    # What nobody asked for by name need not fit; torchrun's ranks cannot be started anew.
-                    if strategies is not None or not isinstance(pool, ForkedRanks):
-                        raise
-                    left_out.append(f"left out: {error}")
-                    pending.pop(0)
+                work.go_on(pool)
     return Report(
         experiment=_name(experiment),
-        runs=tuple(runs),
+        runs=tuple(work.runs),
         ranks=size,
         steps=worker.steps,
         dtype=str(worker.dtype).removeprefix("torch."),
         device=device,
         reference=_said(reference, ranks, invariants=invariants),
-        warnings=(*left_out, *(blind or ())),
-        proofs=prover.proofs,
+        warnings=(*left_out, *(work.blind or ())),
+        proofs=work.prover.proofs,
         time_s=time.perf_counter() - started,
     )
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """What a check still has to do, over as many pools of ranks as it takes."""
+
+    session: Session
+    pending: list[Parallelism]
+    left_out: list[str]
+    prove: bool
+    may_leave_out: bool
+    """Whether strategies were not asked for by name, so that they need not fit."""
+    runs: list[Run] = field(default_factory=list)
+    blind: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.prover = Prover(self.session)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self.pending or (self.runs and self.blind is None) or self.prover.unfinished)
+
+    def go_on(self, pool: Ranks) -> None:
+        """Work until all is done, or the pool is lost."""
+        session = self.session
+        session.use(pool)
+        try:
+            while self.pending:
+                self.runs.append((session.check_invariants if session.invariants else session.check)(self.pending[0]))
+                self.pending.pop(0)
+                if self.prove:
+                    self.prover.add(self.runs[-1])
+            if self.blind is None:
+                # Beside a divergence nobody asks what else could have been found.
+                self.blind = session.blind_spots() if all(run.ok for run in self.runs) else ()
+            self.prover.work()
+        except StrategyError as error:
+            # torchrun's ranks cannot be started anew.
+            if not self.may_leave_out or not isinstance(pool, ForkedRanks):
+                raise
+            self.left_out.append(f"left out: {error}")
+            self.pending.pop(0)
 
 
 def assert_parity(experiment: Experiment, *args: Any, **options: Any) -> None:

@@ -6,7 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from shardproof.compare.floor import Moved, floor_of
 from shardproof.compare.reads import Reads, digest_of, understand
 from shardproof.compare.verdict import Comparison
 from shardproof.compare.view import Observed
@@ -121,17 +123,15 @@ class Session:
         observed = self._observed(layout, reads)
         unclipped = self._unclipped(name, layout, variant)
         parts = self._parts(layout, reads) if trusted.by_parts else ()
-        compared = self.ranks.call(
-            "compare",
+        compared = self._compared(
+            layout,
             name,
             trusted.name,
             trusted.floors,
             observed,
             unclipped,
             parts,
-            ranks=[0],
-            during=f"the comparison of {layout.strategy}",
-        )[0]
+        )
         collectives = by_axis(summaries[0].collectives, layout)
         pieces = [summaries[rank].pieces for rank in range(layout.world_size)]
         facts = Facts(
@@ -233,6 +233,15 @@ class Session:
         self.progress.finished(run)
         return run
 
+    def _compared(self, layout: Parallelism, *what: Any) -> list[Comparison]:
+        """What `Worker.compare` says of `what`, in causal order."""
+        # torchrun's ranks need not see each other's files. Where a layout is found from values, one step tells the
+        # next where a piece lies, so that one rank looks at all of them.
+        shared = isinstance(self.ranks, ForkedRanks) and self.worker.experiment.parallelize is None
+        ranks = tuple(range(min(self.ranks.size, self.worker.steps))) if shared else (0,)
+        said = self.ranks.call("compare", *what, ranks, ranks=ranks, during=f"the comparison of {layout.strategy}")
+        return sorted((c for found in said.values() for c in found), key=lambda c: c.step)
+
     def _train(self, name: str, layout: Parallelism, variant: Variant) -> dict[int, Summary]:
         ranks = range(layout.world_size)
         summaries = self.ranks.call("run", name, layout, variant, ranks=ranks, during=layout.strategy)
@@ -295,13 +304,14 @@ class Session:
         if self.worker.low_precision:
             variants.append(Variant(widened=True))
         self.progress.starting("measuring the noise floor")
-        floors: dict[int, float] = {}
         # torchrun's ranks need not see each other's files, and the draws are held against the reference's.
         ranks = tuple(range(self.ranks.size)) if isinstance(self.ranks, ForkedRanks) else (0,)
         drawn = self.ranks.call("draws", name, replay, variants, ranks, ranks=ranks, during="the noise floor")
+        moved: dict[int, list[Moved]] = {}
         for found in drawn.values():
-            for number, moved in found.items():
-                floors[number] = max(floors.get(number, 0.0), moved)
+            for number, moves in found.items():
+                moved.setdefault(number, []).extend(moves)
+        floors = {number: floor_of(moves) for number, moves in moved.items()}
         trusted = Trusted(name=name, summary=summary, floors=floors)
         if not trusted.by_parts:
             # Another run that read the same samples can use it; parts are cut anew under every layout.

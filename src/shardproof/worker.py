@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardproof.compare.assemble import assemble
+from shardproof.compare.floor import Moved
 from shardproof.compare.invariants import Seen, compare_invariants
-from shardproof.compare.measure import distance, largest
+from shardproof.compare.measure import furthest, ulp
 from shardproof.compare.parameters import compare as compare_parameter
 from shardproof.compare.run import compare_run
 from shardproof.compare.told import told_by
@@ -123,12 +124,12 @@ class Worker:
 
     def draws(
         self, place: Place, name: str, replay: Replay | None, variants: Sequence[Variant], ranks: Sequence[int]
-    ) -> dict[int, float]:
+    ) -> dict[int, list[Moved]]:
         """Repeat the reference with rounding disturbed; how far each of its records moves, by number.
 
         `ranks` share the variants among them.
         """
-        floors: dict[int, float] = {}
+        floors: dict[int, list[Moved]] = {}
         reference = Trace(self.trace(name, 0))
         numbers = {(record.key, record.call): number for number, record in enumerate(reference.records)}
         for variant in variants[ranks.index(place.rank) :: len(ranks)]:
@@ -145,9 +146,10 @@ class Worker:
                     continue
                 if record.stage == "backward":
                     value = value / run.template.loss_scale
-                moved = largest(distance(value, want))
+                moved = furthest(value, want)
                 # A draw that runs into NaN says nothing about rounding.
-                floors[number] = max(floors.get(number, 0.0), moved if math.isfinite(moved) else 0.0)
+                if math.isfinite(moved):
+                    floors.setdefault(number, []).append((run.template.loss_scale != 1.0, moved, ulp(want)))
             # Before the next is built: a recorded run holds every tensor of every step.
             del run
         return floors
@@ -175,18 +177,21 @@ class Worker:
         observed: Observed,
         unclipped: str | None,
         parts: Sequence[Sequence[tuple[int, int]]],
+        ranks: Sequence[int],
     ) -> list[Comparison]:
         """Hold a run's traces (`observed.ranks` is filled in here) against the reference's.
 
         `unclipped` names the run that shows a user's gradients of the first step before his own clipping; `parts` is
-        `Reference.parts`.
+        `Reference.parts`. `ranks` share the steps among them.
         """
-        del place
+        share = ranks.index(place.rank), len(ranks)
         reference = Reference(trace=Trace(self.trace(trusted, 0)), floors=floors, parts=parts)
         exact = not self.low_precision
-        found = compare_run(replace(observed, ranks=self._traces(name, observed)), reference, exact=exact)
+        run = replace(observed, ranks=self._traces(name, observed))
+        found = compare_run(run, reference, exact=exact, share=share)
         if unclipped is not None:
-            again = compare_run(replace(observed, ranks=self._traces(unclipped, observed)), reference)
+            run = replace(observed, ranks=self._traces(unclipped, observed))
+            again = compare_run(run, reference, share=share)
             before = {c.key: c for c in again if c.stage == "gradient" and c.step == 0}
             found = [before.get(c.key, c) for c in found]
         return found

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardproof.compare.layouts import in_order, rearranged, split_dim
+from shardproof.compare.layouts import in_order, rearranged, slices, split_dim
 
 WHOLE = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -93,3 +93,24 @@ def test_in_order_means_one_after_the_other() -> None:
     wants = in_order(pieces, WHOLE, 0)
     assert [tuple(want.shape) for want in wants] == [(1, 5), (0, 5), (11, 5)]
     assert torch.equal(torch.cat(wants), WHOLE)
+
+
+def test_slices_are_found_where_rounding_swaps_their_order() -> None:
+    """In bfloat16 neighbours in any one projection change places; in all of them together they do not."""
+    generator = torch.Generator().manual_seed(3)
+    whole = torch.randn(36, 96, generator=generator, dtype=torch.float64)
+    floor = 0.05
+    noisy = whole + floor * (2 * torch.rand(whole.shape, generator=generator, dtype=torch.float64) - 1)
+    thirds = [part.chunk(2, 1) for part in noisy.chunk(3, 1)]
+    pieces = [torch.cat([third[rank] for third in thirds], 1) for rank in range(2)]
+    found = slices(pieces, whole, 1, floor)
+    assert found is not None
+    blocks = torch.arange(96).chunk(3)
+    assert [index.tolist() for index in found] == [
+        torch.cat([block.chunk(2)[rank] for block in blocks]).tolist() for rank in range(2)
+    ]
+
+
+def test_slices_that_are_all_alike_are_no_endless_search() -> None:
+    whole = torch.randn(4, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert slices([torch.zeros(4, 32), torch.zeros(4, 32)], whole, 1, 1e-9) is None

@@ -16,6 +16,7 @@ from shardproof.compare.measure import (
     Pair,
     constant_ratio,
     distance,
+    furthest,
     judge,
     largest,
     scale,
@@ -154,6 +155,14 @@ def test_scale_and_ulp_look_past_what_is_not_finite() -> None:
     assert scale(torch.empty(0)) == 0.0
     assert ulp(torch.tensor([4.0], dtype=torch.float32)) == pytest.approx(4 * 2**-23)
     assert ulp(torch.tensor([4])) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("got", "want"), [([1.0, 2.0], [1.5, 2.0]), ([INF, 1.0], [INF, 3.0]), ([NAN], [NAN]), ([INF], [1.0]), ([], [])]
+)
+def test_the_furthest_element_is_that_of_the_distances(got: list[float], want: list[float]) -> None:
+    a, b = torch.tensor(got), torch.tensor(want)
+    assert furthest(a, b) == pytest.approx(largest(distance(a, b)), nan_ok=True)
 
 
 def test_distances_are_taken_in_float64() -> None:

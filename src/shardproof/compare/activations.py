@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardproof.compare.layouts import in_order, rearranged, split_dim
-from shardproof.compare.measure import Outcome, Pair, judge, largest, scale, ulp, wide, within
+from shardproof.compare.measure import DROWNED, Outcome, Pair, clear, drowned, judge, largest, scale, ulp, wide, within
 from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
@@ -49,6 +49,8 @@ class Fit:
     layout: str
     of_part: bool = True
     """Whether it was held against its own part of the batch, and not against the whole for lack of a dim to cut."""
+    unit: float = 1.0
+    """By how much its numbers, and so its error and its floor, are larger than the reference's."""
 
 
 def compare(
@@ -80,14 +82,18 @@ def compare(
             got = ", ".join(sorted({str(tuple(t.shape)) for t in cell.tensors}))
             reason = f"{got} is no part of the reference's {tuple(whole.shape)} by samples or slices"
             return replace(base, reason=reason)
-        fits.append(fit)
-    result = _merged(base, fits, zero=not any(scale(whole) > 0 for whole in wholes))
-    wrong = [fit for fit in fits if fit.outcome.verdict is Verdict.DIFFERENT]
-    if wrong and not any(fit.of_part for fit in wrong) and _vary(cells):
+        fits.append(replace(fit, unit=abs(factor)))
+    size = max(scale(whole) for whole in wholes)
+    result = _merged(base, fits, size=size)
+    unclear = [fit for fit in fits if not clear(fit.outcome.error, base.floor * fit.unit)]
+    if unclear and not any(fit.of_part for fit in unclear) and _vary(cells):
         together = _together(cells, wholes, base.floor, factors or {}, observed)
         if together is not None:
-            return _merged(base, [together], zero=False)
-        return replace(base, reason="a value of its own for each part of the batch, of which the whole has only one")
+            return _merged(base, [together], size=size)
+        if result.verdict is Verdict.DIFFERENT:
+            return replace(
+                base, reason="a value of its own for each part of the batch, of which the whole has only one"
+            )
     return result
 
 
@@ -126,23 +132,28 @@ def _together(
     return None
 
 
-def _merged(base: Comparison, fits: list[Fit], *, zero: bool) -> Comparison:
+def _merged(base: Comparison, fits: list[Fit], *, size: float) -> Comparison:
+    """All cells together; `size` is the reference's largest element."""
     if not fits:
         return replace(base, reason="only filler parts of the batch ran here")
     outcomes = [fit.outcome for fit in fits]
     wrong = [fit for fit in fits if fit.outcome.verdict is Verdict.DIFFERENT]
-    errors = [outcome.error for outcome in outcomes]
     ratios = {outcome.outcome.ratio for outcome in wrong}
+    # Gradients may be dp times the reference's, error and floor alike: the two are told in one unit. NaN comes last.
+    furthest = max(fits, key=lambda fit: (fit.outcome.error != fit.outcome.error, fit.outcome.error / fit.unit))
     result = replace(
         base,
         verdict=_worst([outcome.verdict for outcome in outcomes]),
-        error=float("nan") if any(e != e for e in errors) else max(errors),
+        error=furthest.outcome.error,
+        floor=base.floor * furthest.unit,
         ranks=tuple(sorted({rank for fit in wrong for rank in fit.outcome.ranks})),
         ratio=ratios.pop() if len(ratios) == 1 else None,
         samples=wrong[0].outcome.samples if wrong else (),
         layout=(wrong or fits)[0].layout,
     )
-    if zero and result.verdict is not Verdict.DIFFERENT:
+    if result.verdict is Verdict.DIFFERENT and drowned(result.error, result.floor, size * furthest.unit):
+        return replace(result, verdict=Verdict.NOT_CHECKED, reason=DROWNED)
+    if not size > 0 and result.verdict is not Verdict.DIFFERENT:
         return replace(result, verdict=Verdict.NOT_CHECKED, reason="all zero in the reference: a wrong scale is hidden")
     return result
 
@@ -204,9 +215,10 @@ def best_fit(cell: Cell, whole: Tensor, floor: float, part: tuple[int, int, int]
     for expected in parts_of(whole, part):
         for reading in _readings(cell, expected, floor):
             fit = replace(reading, of_part=part[1] == part[2] or expected.shape != whole.shape)
-            if fit.outcome.verdict is not Verdict.DIFFERENT:
+            if clear(fit.outcome.error, floor):
                 return fit
-            if closest is None or fit.outcome.error < closest.outcome.error:
+            # Written so that NaN gives way to any number.
+            if closest is None or not closest.outcome.error <= fit.outcome.error:
                 closest = fit
     return closest
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from shardproof.compare.measure import Pair, distance, largest, worst
+from shardproof.compare.measure import Pair, furthest, worst
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed
 
@@ -39,7 +39,7 @@ def compare(key: Key, observed: Observed) -> Comparison:
     return replace(
         base,
         verdict=Verdict.DIFFERENT,
-        error=max(largest(distance(pair.got, pair.want)) for pair in pairs),
+        error=max(furthest(pair.got, pair.want) for pair in pairs),
         reason="ranks of one tensor-parallel group read different samples",
         ranks=tuple(sorted({pair.rank for pair in pairs})),
         samples=tuple(worst([pair for pair in pairs if pair.got is not pair.want])),

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardproof.compare.measure import distance, largest, wide, within
+from shardproof.compare.measure import furthest, wide, within
+
+PROBES = 16
+"""Random projections by which slices are told apart."""
+
+ROUNDS = 16
+"""Times that slices may ask for the nearest one that is still free."""
+
+NEAREST_SIZE = 4096
+"""Slices up to which all are held against all, which takes the square of it in numbers."""
 
 
 def split_dim(pieces: list[Tensor], whole: tuple[int, ...], declared: int | None = None) -> int | None:
@@ -69,40 +78,62 @@ def slices(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[
     """Which slices of `whole` each piece holds if they are any slices of `whole` along `dim`, each taken exactly once.
 
     Fused blocks (query, key and value in one matrix, gate and up) are cut per block, so that a rank's piece is no
-    contiguous slice. Slices are found by a random projection and then held against the whole; None where they do not
+    contiguous slice. Slices are found by random projections and then held against the whole; None where they do not
     tile it. A slice that occurs twice in the whole leaves the answer open, and is matched in order.
     """
     if not whole.numel() or repeats(pieces, whole.shape[dim], dim) != 1:
         return None
-    probe = torch.randn(whole.numel() // whole.shape[dim], generator=_generator(), dtype=torch.float64)
-    marks = _marks(whole, dim, probe)
-    order = marks.argsort(stable=True)
-    held = torch.cat([_marks(piece, dim, probe) for piece in pieces])
+    size = whole.shape[dim]
+    probes = torch.randn(whole.numel() // size, PROBES, generator=_generator(), dtype=torch.float64)
+    marks, held = _marks(whole, dim, probes), torch.cat([_marks(piece, dim, probes) for piece in pieces])
     # Sorted against sorted: each slice of the whole is used once, and the values then decide whether that is right.
-    matched = torch.empty_like(order)
-    matched[held.argsort(stable=True)] = order
-    found, start = [], 0
-    for piece in pieces:
-        index = matched[start : start + piece.shape[dim]]
-        start += piece.shape[dim]
-        want = whole.index_select(dim, index)
-        if not within(largest(distance(piece, want)), floor):
-            return None
-        found.append(index)
-    return found
+    matched = torch.empty(size, dtype=torch.long)
+    matched[held[:, 0].argsort(stable=True)] = marks[:, 0].argsort(stable=True)
+    joint = torch.cat([wide(piece) for piece in pieces], dim)
+    error = furthest(joint, whole.index_select(dim, matched))
+    if error > floor and size <= NEAREST_SIZE:
+        # In low precision rounding swaps neighbours in that order; the nearest in all projections is the right one.
+        nearest = _nearest(held, marks)
+        nearer = furthest(joint, whole.index_select(dim, nearest))
+        if nearer < error:
+            matched, error = nearest, nearer
+    return list(torch.split(matched, [piece.shape[dim] for piece in pieces])) if within(error, floor) else None
+
+
+def _nearest(held: Tensor, marks: Tensor) -> Tensor:
+    """Row of `held` -> a row of `marks` near it, each used once: where two ask for the same, the nearer has it."""
+    apart = torch.cdist(held, marks).nan_to_num(nan=float("inf"))
+    matched = torch.full((len(held),), -1, dtype=torch.long)
+    for _ in range(ROUNDS):
+        open_rows = (matched < 0).nonzero()[:, 0]
+        if not len(open_rows):
+            return matched
+        least, wanted = apart[open_rows].min(1)
+        # The farthest first, so that of those who ask for the same row the nearest is written last.
+        asked = least.argsort(descending=True, stable=True).tolist()
+        winner = {int(wanted[number]): int(open_rows[number]) for number in asked}
+        columns, rows = torch.tensor(list(winner)), torch.tensor(list(winner.values()))
+        matched[rows] = columns
+        apart[:, columns] = float("inf")
+    # Rows that are all alike ask for the same again and again, and are as right in any order.
+    free = torch.ones(len(marks), dtype=torch.bool)
+    free[matched[matched >= 0]] = False
+    matched[matched < 0] = free.nonzero()[:, 0]
+    return matched
 
 
 def tells(whole: Tensor, dim: int, floor: float) -> bool:
     """Whether the slices of `whole` along `dim` differ from each other, so that values can tell which is which."""
     rows = wide(whole).movedim(dim, 0).reshape(whole.shape[dim], -1)
-    order = _marks(whole, dim, torch.randn(rows.shape[1], generator=_generator(), dtype=torch.float64)).argsort()
+    probe = torch.randn(rows.shape[1], 1, generator=_generator(), dtype=torch.float64)
+    order = _marks(whole, dim, probe)[:, 0].argsort()
     neighbours = (rows[order[1:]] - rows[order[:-1]]).abs()
     return not neighbours.numel() or not within(float(neighbours.amax(1).min()), floor)
 
 
-def _marks(tensor: Tensor, dim: int, probe: Tensor) -> Tensor:
-    """One number per slice along `dim`."""
-    return wide(tensor).movedim(dim, 0).reshape(tensor.shape[dim], probe.numel()) @ probe
+def _marks(tensor: Tensor, dim: int, probes: Tensor) -> Tensor:
+    """One number per slice along `dim` and probe."""
+    return wide(tensor).movedim(dim, 0).reshape(tensor.shape[dim], len(probes)) @ probes
 
 
 def _generator() -> torch.Generator:

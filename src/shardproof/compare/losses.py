@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shardproof.compare.measure import Outcome, Pair, judge, ulp, wide
+from shardproof.compare.measure import DROWNED, Outcome, Pair, drowned, judge, scale, ulp, wide
 from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
@@ -37,9 +37,11 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
         if counts != {observed.microbatches * reference.calls(step, len(wants))}:
             return replace(base, reason="the loss was not called once per micro-batch through Step.loss")
         outcome = _combined(per_rank, want, floor, observed, part)
+    lost = outcome.verdict is Verdict.DIFFERENT and drowned(outcome.error, floor, scale(want))
     return replace(
         base,
-        verdict=outcome.verdict,
+        verdict=Verdict.NOT_CHECKED if lost else outcome.verdict,
+        reason=DROWNED if lost else "",
         error=outcome.error,
         floor=floor,
         ranks=outcome.ranks,

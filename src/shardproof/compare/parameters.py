@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from shardproof.compare.layouts import in_order, slices, split_dim, starts, tells
-from shardproof.compare.measure import Outcome, Pair, judge, scale, ulp
+from shardproof.compare.measure import DROWNED, Outcome, Pair, clear, drowned, judge, scale, ulp
 from shardproof.compare.nested import inner_pieces
 from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
@@ -82,6 +82,8 @@ def _judged(base: Comparison, judged: tuple[Outcome, str, str], want: Tensor, ob
     if result.verdict is Verdict.DIFFERENT and _counts_passes(want, result, observed):
         reason = f"counts forward passes, of which this run makes {observed.microbatches} a step"
         return replace(result, verdict=Verdict.NOT_CHECKED, reason=reason)
+    if result.verdict is Verdict.DIFFERENT and drowned(result.error, result.floor, scale(want)):
+        return replace(result, verdict=Verdict.NOT_CHECKED, reason=DROWNED)
     if result.verdict is not Verdict.DIFFERENT and base.stage in ZERO_HIDES and not scale(want) > 0:
         return replace(result, verdict=Verdict.NOT_CHECKED, reason="all zero in the reference: a wrong scale is hidden")
     return result
@@ -213,9 +215,13 @@ def placed_by_hand(
     else:
         wants = in_order(pieces, want, dim)
         plain = judge([Pair(rank=0, got=g, want=w) for g, w in zip(pieces, wants, strict=True)], floor)
-        wrong = plain.verdict is Verdict.DIFFERENT and declared is None
-        order = slices(pieces, want, dim, floor) if wrong else None
-        if (order is not None or not wrong) and tells(want, dim, floor):
+        order = slices(pieces, want, dim, floor) if declared is None and not clear(plain.error, floor) else None
+        if order is not None:
+            other = [want.index_select(dim, index) for index in order]
+            rearranged = judge([Pair(rank=0, got=g, want=w) for g, w in zip(pieces, other, strict=True)], floor)
+            order = order if rearranged.error < plain.error else None
+        right = order is not None or declared is not None or plain.verdict is not Verdict.DIFFERENT
+        if right and tells(want, dim, floor):
             observed.found[name, group] = (dim, order)
     return PlacedByHand(dim=dim, pieces=pieces, order=order)
 

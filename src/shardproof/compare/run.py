@@ -13,12 +13,17 @@ from shardproof.spec.stages import STAGES
 RANDOM = "depends on random numbers, which each data rank draws for its own part (set dropout to 0 to compare)"
 
 
-def compare_run(observed: Observed, reference: Reference, *, exact: bool = False) -> list[Comparison]:
+def compare_run(
+    observed: Observed, reference: Reference, *, exact: bool = False, share: tuple[int, int] = (0, 1)
+) -> list[Comparison]:
     """One Comparison per tensor, in causal order: nothing that was recorded is left out.
 
     `exact` says that rounding is far below any bug (float64), so that what follows from an output tells of it.
+    `share` is (number, of how many): the steps are dealt out in turn, and what comes before the first is the first's.
     """
-    keys = causal_order(reference.trace, observed.ranks)
+    number, count = share
+    # Initial values tell where parameters lie, so that all shares look at them.
+    keys = [key for key in causal_order(reference.trace, observed.ranks) if key[0] < 0 or key[0] % count == number]
     backward = [key for key in keys if key[1] == "backward"]
     factors = activations.backward_factors(backward, observed, reference)
     found = []
@@ -34,6 +39,7 @@ def compare_run(observed: Observed, reference: Reference, *, exact: bool = False
             found.append(activations.compare(key, observed, reference, factors))
         else:
             found.append(parameters.compare(key, observed, reference))
+    found = [c for c in found if c.step >= 0 or number == 0]
     found = _only_where_gradients_differ(_with_draws(_without_random(found, observed, reference), observed))
     return _only_where_something_follows(found) if exact else found
 

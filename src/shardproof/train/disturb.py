@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-LOSS_SCALES = (1.125, 0.875, 1.375, 0.8125, 1.625, 0.6875)
+LOSS_SCALES = (1.0, 1.125, 0.875, 1.375, 0.8125, 1.625, 0.6875)
 """Factors on the loss of a disturbed run: exact in bfloat16 too, and no powers of two, so that every product in the
 backward pass is rounded anew. Without them the long sums of a gradient (over all tokens) round the same way in every
-draw, as one unit in the last place of a small term does not move a large sum, and the floor comes out too low."""
+draw, as one unit in the last place of a small term does not move a large sum, and the floor comes out too low.
+
+The first draw has none: a gradient that does not grow with the loss (of an auxiliary loss that is hung onto an
+activation) would pass for noise of its own size otherwise."""
 
 
 class Disturbance:
