@@ -53,6 +53,7 @@ FAMILIES: Mapping[str, tuple[Family, ...]] = {
         scale.subset,
         sums.over_tp,
         reduction.combined,
+        scale.term,
         reduction.mixed,
         sums.over_data,
         precision.lost,

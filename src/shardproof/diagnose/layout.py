@@ -201,24 +201,25 @@ def _around(name: str) -> list[str]:
 
 def _rows_held(name: str, case: Case) -> list[Tensor]:
     """The rows of a weight that each tp rank holds, in its order; empty where it is not cut by rows."""
-    held = case.shares((step := -1, "initial-state", name, ""))
-    want = case.reference.tensors((step, "initial-state", name, ""))
-    first = [share for share in held if case.facts.parallelism.coordinates(share.rank)["dp"] == 0]
-    if not want or len(first) != case.facts.parallelism.tp:
+    key, parallelism = (-1, "initial-state", name, ""), case.facts.parallelism
+    held, want = case.shares(key), case.reference.tensors(key)
+    if not want or want[0].dim() < 2:
         return []
     rows = torch.arange(want[0].shape[0], dtype=torch.float64)
     numbers = rows.reshape(-1, *[1] * (want[0].dim() - 1)).expand(want[0].shape)
     width = want[0].numel() // max(len(rows), 1)
-    found = []
-    for share in first:
-        taken = share.take(numbers)
-        if taken.numel() % width or taken.numel() == want[0].numel():
-            return []
-        taken = taken.reshape(-1, width)
-        if not bool((taken == taken[:, :1]).all()):
-            return []
-        found.append(taken[:, 0].to(torch.int64))
-    return found if sum(len(f) for f in found) == len(rows) else []
+    found: dict[int, list[Tensor]] = {}
+    for share in held:
+        at = parallelism.coordinates(share.rank)
+        if at["dp_replicate"] == 0 and (at["dp_shard"] == 0 or share.place != held[at["tp"]].place):
+            # Below tp, FSDP cuts a tp rank's rows once more.
+            found.setdefault(at["tp"], []).append(share.take(numbers))
+    taken = [torch.cat(found[tp]) for tp in sorted(found)]
+    if len(taken) != parallelism.tp or sum(len(t) for t in taken) != want[0].numel():
+        return []
+    lines = [t.reshape(-1, width) for t in taken if t.numel() % width == 0]
+    whole = len(lines) == len(taken) and all(bool((line == line[:, :1]).all()) for line in lines)
+    return [line[:, 0].to(torch.int64) for line in lines] if whole else []
 
 
 def _regrouped(own: dict[str, Tensor], name: str, order: Sequence[Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:

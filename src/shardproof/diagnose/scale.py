@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+
+from shardproof.compare.measure import largest, wide
 from shardproof.compare.verdict import Comparison
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.factors import axes_of, simple
@@ -57,6 +60,50 @@ def subset(case: Case) -> Diagnosis | None:
         factor=factor,
         evidence=f"{len(same)} gradients ({names}) are {factor:.6g} times the reference's, {right} are right{mixed}",
         fix=_subset_fix(factor),
+    )
+
+
+def term(case: Case) -> Diagnosis | None:
+    """One addend of the loss (an auxiliary loss) counts k times in the gradients, and the others once."""
+    parts, key = case.contributions, case.first.key
+    count = min((len(part.terms) for part in parts), default=0)
+    want, held = case.reference.tensors(key), case.shares(case.first)
+    total = sum(part.count for part in parts)
+    if count < 2 or not want or not held or not total > 0:
+        return None
+    zero = torch.zeros_like(wide(want[0]))
+    terms = [
+        torch.stack([p.terms[n].get(case.first.name, zero) * (p.count / total) for p in parts]).sum(0)
+        for n in range(count)
+    ]
+    if largest((torch.stack(terms).sum(0) - wide(want[0])).abs()) > 6 * case.first.floor:
+        return None
+    known = [n for n in range(count) if bool(terms[n].any())]
+    basis = torch.cat([torch.stack([share.take(terms[n]) for n in known], 1) for share in held])
+    got = torch.cat([share.got for share in held])
+    if len(got) < 2 * len(known) or len(known) < 2 or not bool(got.isfinite().all()):
+        return None
+    solved = torch.linalg.lstsq(basis, got.unsqueeze(1), driver="gelsd").solution[:, 0]
+    size = max(1.0, float(solved.abs().max()))
+    if not case.fits(
+        "addends of the loss counted otherwise",
+        largest((got - basis @ solved).abs()) / case.first.floor / size,
+        limit=24,
+    ):
+        return None
+    counted = {n: simple(float(k), 1e-6) for n, k in zip(known, solved, strict=True)}
+    odd = {n: k for n, k in counted.items() if abs(k - 1) > 1e-6}
+    if not odd or len(odd) == len(counted):
+        return None
+    said = ", ".join(f"addend {n + 1} of {count} counts {k:.6g} times" for n, k in odd.items())
+    factor = next(iter(odd.values())) if len(odd) == 1 else None
+    return Diagnosis(
+        cause="grad-scale-subset",
+        axis=None if factor is None else axes_of(factor, case.facts.parallelism, case.facts.microbatches),
+        factor=factor,
+        evidence=f"the loss is a sum, and in the gradient of {case.first.name} {said}, the others once",
+        fix="scale every part of the loss alike, auxiliary losses too: by the micro-batches, and by the ranks over "
+        "which gradients are averaged",
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from shardproof.parallel.data import cast
 from shardproof.parallel.initial import default_dtype
@@ -31,7 +33,12 @@ class Contribution:
     loss: float
     gradients: Mapping[str, Tensor]
     """Canonical parameter name -> gradient of the part's mean loss, on the CPU in float64."""
+    terms: Sequence[Mapping[str, Tensor]] = ()
+    """The same for each addend of the loss (main and auxiliary), where it is a sum; they add up to `gradients`."""
 
+
+LARGEST_SUM = 6
+"""Addends of a loss that are looked at one by one."""
 
 Part = tuple[int, int, int, Batch]
 """Reader, micro-batch, samples, batch."""
@@ -56,6 +63,7 @@ def contributions(
             if isinstance(loss, LossSum):
                 count = float(torch.as_tensor(loss.count))
                 value = value / max(count, 1.0)
+            terms = _terms(run, value)
             value.backward()  # type: ignore[no-untyped-call]
             found.append(
                 Contribution(
@@ -68,9 +76,46 @@ def contributions(
                         for held in run.parameters
                         if held.leaf.grad is not None
                     },
+                    terms=terms,
                 )
             )
     return found
+
+
+def _terms(run: TracedRun, value: Tensor) -> list[dict[str, Tensor]]:
+    """Gradients of the addends of a loss, told by how it was computed; empty where it is no sum of a few."""
+    edges = list(_addends(value.grad_fn, 0, 1.0))
+    if not 1 < len(edges) <= LARGEST_SUM:
+        return []
+    trained = [held for held in run.parameters if held.leaf.requires_grad]
+    found = []
+    for node, number, factor in edges:
+        grads = torch.autograd.grad(
+            (GradientEdge(node, number),),
+            [held.leaf for held in trained],
+            (torch.full_like(value.detach(), factor),),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        found.append(
+            {
+                held.name: grad.detach().to("cpu", torch.float64)
+                for held, grad in zip(trained, grads, strict=True)
+                if grad is not None
+            }
+        )
+    return found
+
+
+def _addends(node: Any, number: int, factor: float) -> Iterator[tuple[Any, int, float]]:
+    """(node, output, factor) of everything that a scalar is the sum of."""
+    if node is None or type(node).__name__ != "AddBackward0":
+        if node is not None and type(node).__name__ != "AccumulateGrad":
+            yield node, number, factor
+        return
+    alpha = float(getattr(node, "_saved_alpha", 1.0))
+    for place, (other, output) in enumerate(node.next_functions):
+        yield from _addends(other, output, factor * (alpha if place else 1.0))
 
 
 def restore(run: TracedRun, trace: Trace, step: int) -> None:
