@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shardproof.errors import ParityError, StrategyError, UsageError
+from shardproof.errors import ParityError, RankError, StrategyError, UsageError
 from shardproof.prove import Prover
 from shardproof.ranks import Ranks, start
 from shardproof.ranks.forked import ForkedRanks
@@ -139,6 +139,12 @@ class _Work:
                 # Beside a divergence nobody asks what else could have been found.
                 self.blind = session.blind_spots() if all(run.ok for run in self.runs) else ()
             self.prover.work()
+        except RankError:
+            # The run itself went through: what was found is worth more than the error of its repetition.
+            if not session.repeating or not isinstance(pool, ForkedRanks):
+                raise
+            session.repeating = False
+            session.once.add(self.pending[0])
         except StrategyError as error:
             # torchrun's ranks cannot be started anew.
             if not self.may_leave_out or not isinstance(pool, ForkedRanks):

@@ -72,6 +72,10 @@ class Session:
     """Nothing is trusted: replicas are held against each other."""
     last: Done | None = None
     """The run that was checked last."""
+    repeating: bool = False
+    """Whether a run that diverged is being repeated to look for the cause."""
+    once: set[Parallelism] = field(default_factory=set)
+    """Layouts whose code cannot be run twice in one process: their causes are sought without that."""
     _ranks: Ranks | None = None
     _runs: int = 0
     _trusted: dict[str, Trusted] = field(default_factory=dict)
@@ -149,7 +153,8 @@ class Session:
         if needs_numbers(compared, facts):
             self.progress.starting(f"seeking the cause of the divergence of {layout.strategy}")
             # A planted fault is known: what the run fed its modules need not be looked into.
-            again = self._again(name, layout, compared) if variant is None else None
+            once = variant is not None or layout in self.once
+            again = None if once else self._again(name, layout, compared)
             arguments = (
                 trusted.name,
                 trusted.floors,
@@ -340,7 +345,9 @@ class Session:
         if first is None or first.step < 0:
             return None
         again = f"{name}-again"
+        self.repeating = True
         self._train(again, layout, Variant(inputs=True, steps=first.step + 1))
+        self.repeating = False
         return again
 
     def _trusted_for(self, name: str, reads: Reads, variant: Variant | None, right: Done | None) -> Trusted:

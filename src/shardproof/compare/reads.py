@@ -109,7 +109,7 @@ def _differs(ranks: Sequence[RankReads], peers: list[list[int]]) -> Misread:
         axis="tp",
         ranks=tuple(rank for group in groups for rank in group),
         evidence=f"tensor-parallel peers were fed different samples at step {step}: {said} "
-        f"({len(groups)} of {len(peers)} groups of {tp})",
+        f"({len(groups)} of {len(peers)} groups of {tp}); tensor parallelism needs a whole group to read the same",
         fix='shard the data over the data axes only: rank mesh["dp"].get_local_rank() of mesh["dp"].size(), '
         "so that all ranks of a tp group read the same samples",
     )

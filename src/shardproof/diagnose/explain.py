@@ -110,7 +110,7 @@ def explain(case: Case) -> Finding:
     diagnosis = made or Diagnosis(
         cause=STAGE_CAUSES.get(first.stage, "unexplained"),
         factor=first.ratio,
-        evidence="" if first.stage in STAGE_CAUSES else _ruled_out(case),
+        evidence="" if first.stage in STAGE_CAUSES else "nothing that was tried explains it",
         fix=FIXES.get(first.stage, FIXES["forward"]),
     )
     at = diagnosis.at or first
@@ -172,11 +172,6 @@ def _inherited(case: Case, later: Sequence[Comparison]) -> tuple[str, int]:
     if others:
         said += f"; {', '.join(others[:3])} {'are' if len(others) > 1 else 'is'} wrong of its own as well"
     return said, len(later) - len(others)
-
-
-def _ruled_out(case: Case) -> str:
-    tried = [hypothesis.name for hypothesis in case.tried if not hypothesis.holds]
-    return f"ruled out: {'; '.join(tried)}" if tried else ""
 
 
 def _sizes(comparison: Comparison) -> str:

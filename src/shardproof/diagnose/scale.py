@@ -28,8 +28,9 @@ def everywhere(case: Case) -> Diagnosis | None:
             cause="grad-scale",
             axis="tp",
             factor=factor,
-            evidence=f"{said}: the plan splits the batch over tp={facts.parallelism.tp}, so that tp peers hold "
-            "different samples and their gradients are summed over tp, while gradients are averaged over dp only",
+            evidence=f"all {len(same)} gradients are exactly {factor:.6g} times too large along tp, because the plan "
+            f"splits the batch over tp={facts.parallelism.tp} (tp peers hold different samples, their gradients are "
+            "summed over tp) while gradients are averaged over dp only",
             fix="divide the loss by the size of tp, or give tp peers the same samples",
         )
     return Diagnosis(

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from shardproof.compare.verdict import Comparison, Sample, Verdict
-from shardproof.diagnose.finding import Finding
+from shardproof.diagnose.finding import Finding, Hypothesis
 from shardproof.report import spelling
 from shardproof.report.data import Run
 from shardproof.report.lines import INDENT, LABEL_WIDTH, columns, heading, item, labelled
 
 SAMPLES = 6
 """Values shown side by side: enough to see a factor or a shift."""
+
+TRIED = 8
+"""Hypotheses that are listed."""
 
 FOLLOWING = 3
 """Later findings of the same run that are named: most of them follow from the first."""
@@ -77,9 +80,20 @@ def full(run: Run, finding: Finding, reference: str, width: int) -> Iterator[Tex
     yield Text()
     if finding.evidence:
         yield from labelled("evidence", finding.evidence, width)
+    for number, hypothesis in enumerate(finding.tried[:TRIED]):
+        yield from labelled("" if number else "tried", _tried(hypothesis), width)
     if finding.fix:
         yield from labelled("fix", finding.fix, width, style="bold green")
     yield from _following(run, width)
+
+
+def _tried(hypothesis: Hypothesis) -> str:
+    """`a combination of 12 contributions: holds, 0.8 floors left`."""
+    if hypothesis.holds:
+        left = f", {spelling.floors(hypothesis.residual)} left" if hypothesis.residual else ""
+        return f"{hypothesis.name}: holds{left}"
+    left = f", {spelling.floors(hypothesis.residual)} left" if math.isfinite(hypothesis.residual) else ""
+    return f"{hypothesis.name}: no{left}"
 
 
 def _where(finding: Finding, compared: Comparison | None) -> str:

@@ -87,6 +87,8 @@ def _finding(finding: Finding) -> dict[str, object]:
         "step": finding.step,
         "evidence": finding.evidence,
         "fix": finding.fix,
+        "polluted": finding.polluted,
+        "tried": [_fields(hypothesis) for hypothesis in finding.tried],
         "comparison": None if finding.comparison is None else _comparison(finding.comparison),
     }
 
