@@ -132,10 +132,12 @@ def _over_data(values: dict[int, Tensor], want: Tensor, observed: Observed, *, m
 
 
 def _logged(per_rank: dict[int, Held], want: Tensor, floor: float, observed: Observed, step: int) -> Outcome:
-    """Either every rank logs the mean over data ranks, or each its own part's, of which that is the mean."""
+    """Either every rank logs the mean over data ranks, or each its own part's, of which that is the (weighted) mean."""
     values = {rank: wide(entries[0][1]).reshape(()) for rank, entries in per_rank.items()}
     everywhere = judge([Pair(rank=rank, got=value, want=want) for rank, value in values.items()], floor)
-    together = judge(_over_data(values, want, observed, mean=True), floor)
+    weighted = {rank: value * _weight(rank, step, observed) for rank, value in values.items()}
+    ways = [judge(_over_data(logged, want, observed, mean=True), floor) for logged in (values, weighted)]
+    together = min(ways, key=lambda outcome: outcome.error if outcome.error == outcome.error else float("inf"))
     # Whichever fits better: in low precision a part's own loss may lie close to the mean of all.
     best = everywhere if everywhere.error <= together.error else together
     if best.verdict is not Verdict.DIFFERENT:
@@ -144,6 +146,13 @@ def _logged(per_rank: dict[int, Held], want: Tensor, floor: float, observed: Obs
     own = _own_means(step, observed)
     alone = judge([Pair(rank=rank, got=value, want=own[rank]) for rank, value in values.items() if rank in own], floor)
     return alone if len(own) == len(values) and alone.verdict is not Verdict.DIFFERENT else best
+
+
+def _weight(rank: int, step: int, observed: Observed) -> float:
+    """Share of a data rank's samples in the batch, over the share of one rank of equals."""
+    data_rank = observed.parallelism.coordinates(rank)["dp"]
+    parts = [observed.part(step, data_rank, m) for m in range(observed.microbatches)]
+    return sum(count for _, count, _ in parts) * observed.parallelism.dp / parts[0][2]
 
 
 def _own_means(step: int, observed: Observed) -> dict[int, Tensor]:

@@ -23,9 +23,18 @@ def gradient_sync(model: nn.Module, due: bool) -> Iterator[None]:
         for module in _reducers(model):
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(due)
-            elif not due and not _flattens_tp_shards(module):
+            elif not due and not _flattens_tp_shards(module) and not _is_static(module):
                 stack.enter_context(module.no_sync())
         yield
+
+
+def _is_static(module: nn.Module) -> bool:
+    """Whether DDP was told that its graph never changes.
+
+    Torch 2.13 then counts on a reduction in the first backward pass, and stops with an internal error under `no_sync`.
+    Reduced after every micro-batch, the gradients add up to the same mean.
+    """
+    return isinstance(module, DistributedDataParallel) and bool(module.static_graph)
 
 
 def _flattens_tp_shards(module: nn.Module) -> bool:
