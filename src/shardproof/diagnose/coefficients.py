@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,21 @@ def fitted(case: Case, wrong: Sequence[Comparison]) -> Fitted | None:
         residual=worst,
         names=[c.name for c in wrong],
     )
+
+
+def splits(case: Case) -> bool:
+    """Whether the reference's gradients are a weighted sum of what the parts of the batch contribute.
+
+    Those of a loss that compares samples with each other (in-batch negatives) are not.
+    """
+    gradients = [c for c in case.comparisons if (c.step, c.stage) == (case.first.step, "gradient") and c.floor > 0]
+    # Each addend of a loss may count something of its own.
+    terms = [replace(part, gradients=term) for part in case.contributions for term in part.terms]
+    for parts in (case.contributions, terms):
+        equations = _Equations.of(case, gradients, parts)
+        if equations is not None and equations.expected() is not None:
+            return True
+    return False
 
 
 def mixed_pieces(case: Case) -> dict[int, list[tuple[int, float]]] | None:

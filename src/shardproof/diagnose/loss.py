@@ -7,6 +7,7 @@ import math
 from shardproof.compare.measure import wide
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose.case import Case, Diagnosis
+from shardproof.diagnose.coefficients import splits
 from shardproof.diagnose.factors import axes_of, axis_name, simple
 from shardproof.diagnose.sums import DATA
 from shardproof.parallel.names import ROOT
@@ -33,6 +34,16 @@ def wrong_loss(case: Case) -> Diagnosis | None:
         if case.first.part == "logged" and not _local_wrong(case):
             return _logged(case)
         case.fits("each part's own loss is right", 0.0)
+        if not case.fits(
+            "the gradients of the batch are a weighted sum of those of its parts", 0.0 if splits(case) else math.inf
+        ):
+            return Diagnosis(
+                cause="unexplained",
+                evidence=f"the loss of each of the {len(parts)} parts of the batch is what one device gets for it, but "
+                "the loss of a batch is not made up of those of its parts, as where samples are compared with each other",
+                fix="gather what the loss compares over the data ranks (with gradients), or take as the reference a "
+                "loss that looks at each part alone",
+            )
         data = axis_name(DATA, case.facts.parallelism)
         return Diagnosis(
             cause="mean-of-means",

@@ -48,7 +48,10 @@ def skipped(case: Case) -> Diagnosis | None:
             "step, and every rank took it: nobody, or not everybody, was told",
             fix="look for inf and NaN in every gradient, share found_inf (MAX) over all ranks, and then skip the step",
         )
-    if not stood or not went or not case.fits("some ranks skipped the step", 0.0):
+    due = {rank for m in moves for rank, want in m.want.items() if bool(want.any())}
+    # Either those that stood still should have moved, or those that moved should not have.
+    apart = bool(stood and went) and (due.issuperset(stood) or not due.intersection(went))
+    if not apart or not case.fits("some ranks skipped the step", 0.0):
         return None
     said = f"; gradients of rank {', '.join(map(str, infinite))} are not finite" if infinite else ""
     return Diagnosis(
