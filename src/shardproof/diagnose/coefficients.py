@@ -17,6 +17,9 @@ from shardproof.train.contributions import Contribution
 EQUATIONS = 4096
 """Elements of a rank's gradients from which coefficients are fitted; all elements are held against them."""
 
+EXACT = 1e-12
+"""Of a gradient's largest element: what contributions in float64 may leave of their sum."""
+
 UNTOLD = 0.2
 """A coefficient that is not known to within this (relative) names nothing."""
 
@@ -81,7 +84,8 @@ def splits(case: Case) -> bool:
     gradients = [c for c in case.comparisons if (c.step, c.stage) == (case.first.step, "gradient") and c.floor > 0]
     # Each addend of a loss may count something of its own.
     terms = [replace(part, gradients=term) for part in case.contributions for term in part.terms]
-    for parts in (case.contributions, terms):
+    for every in (case.contributions, terms):
+        parts = [part for part in every if any(bool(gradient.any()) for gradient in part.gradients.values())]
         equations = _Equations.of(case, gradients, parts)
         if equations is not None and equations.expected() is not None:
             return True
@@ -164,10 +168,12 @@ class _Equations:
     def expected(self) -> Tensor | None:
         """The share of each part in the reference: by its count, or fitted where the loss counts something else."""
         rank = max(self.ranks, key=lambda r: len(self.got[r]))
-        if self.residual(self.want[rank], rank, self.shares) <= MULTIPLE:
+        # Beside the floor, as the contributions were rounded otherwise than their sum.
+        limit = max(MULTIPLE, EXACT * largest(self.want[rank].abs()))
+        if self.residual(self.want[rank], rank, self.shares) <= limit:
             return self.shares
         solved = self.solve(self.want[rank], rank)
-        if solved is None or not self.residual(self.want[rank], rank, solved[0]) <= MULTIPLE:
+        if solved is None or not self.residual(self.want[rank], rank, solved[0]) <= limit:
             return None
         return solved[0]
 

@@ -40,7 +40,7 @@ def wrong_loss(case: Case) -> Diagnosis | None:
             return Diagnosis(
                 cause="unexplained",
                 evidence=f"the loss of each of the {len(parts)} parts of the batch is what one device gets for it, but "
-                "the loss of a batch is not made up of those of its parts, as where samples are compared with each other",
+                "the loss of a batch is not made up of those of its parts, as where samples are compared",
                 fix="gather what the loss compares over the data ranks (with gradients), or take as the reference a "
                 "loss that looks at each part alone",
             )
