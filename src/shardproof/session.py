@@ -73,7 +73,7 @@ class Session:
     last: Done | None = None
     """The run that was checked last."""
     repeating: bool = False
-    """Whether a run that diverged is being repeated to look for the cause."""
+    """Whether a run is being repeated, to look for a cause or behind a user's own clipping."""
     once: set[Parallelism] = field(default_factory=set)
     """Layouts whose code cannot be run twice in one process: their causes are sought without that."""
     _ranks: Ranks | None = None
@@ -346,7 +346,7 @@ class Session:
             return None
         again = f"{name}-again"
         self.repeating = True
-        self._train(again, layout, Variant(inputs=True, steps=first.step + 1))
+        self._train(again, layout, Variant(inputs=True, steps=first.step + 1, replays=name))
         self.repeating = False
         return again
 
@@ -364,10 +364,13 @@ class Session:
     def _unclipped(self, name: str, layout: Parallelism, variant: Variant | None) -> str | None:
         """Run a user's own clipping step once more with an unreachable limit, to see its gradients before clipping."""
         experiment = self.worker.experiment
-        if experiment.train_step is None or experiment.max_grad_norm is None:
+        if experiment.train_step is None or experiment.max_grad_norm is None or layout in self.once:
             return None
         again = f"{name}-unclipped"
-        self._train(again, layout, replace(variant or Variant(), unclipped=True))
+        once_more = Variant(replays=name) if variant is None else variant
+        self.repeating = variant is None
+        self._train(again, layout, replace(once_more, unclipped=True))
+        self.repeating = False
         return again
 
 

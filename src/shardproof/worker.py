@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardproof.compare.assemble import assemble
 from shardproof.compare.floor import Moved
 from shardproof.compare.invariants import Seen, compare_invariants
-from shardproof.compare.measure import furthest, ulp
+from shardproof.compare.measure import furthest, scale, ulp
 from shardproof.compare.parameters import compare as compare_parameter
 from shardproof.compare.run import compare_run
 from shardproof.compare.told import told_by
@@ -91,7 +91,7 @@ class Worker:
         """Train under `parallelism` and write this rank's trace."""
         with place.world(name, parallelism.world_size):
             run = TracedRun(self.experiment, parallelism, place.rank, self._settings(place), variant)
-            batches = run.read()
+            batches = run.read() if variant.replays is None else self._read_before(variant.replays, place.rank, run)
             if run.planting is not None:
                 batches = run.planting.batches(batches, self._read_by)
             # A data set may draw at random, so that only what was read here can be replayed.
@@ -149,7 +149,8 @@ class Worker:
                 moved = furthest(value, want)
                 # A draw that runs into NaN says nothing about rounding.
                 if math.isfinite(moved):
-                    floors.setdefault(number, []).append((run.template.loss_scale != 1.0, moved, ulp(want)))
+                    is_scaled = run.template.loss_scale != 1.0
+                    floors.setdefault(number, []).append(Moved(is_scaled, moved, ulp(want), scale(want)))
             # Before the next is built: a recorded run holds every tensor of every step.
             del run
         return floors
@@ -310,6 +311,14 @@ class Worker:
         path = self._batches(name, rank)
         # Written by our own ranks, with whatever types the user's batches have.
         return torch.load(path, weights_only=False) if path.exists() else None
+
+    def _read_before(self, name: str, rank: int, run: TracedRun) -> list[list[Microbatch]]:
+        """What a run read, once more: a user's loader may go on where it stood."""
+        if self.experiment.batches is None:
+            return run.read()
+        # Written a moment ago by our own ranks, with whatever types the user's batches have.
+        parts = torch.load(self._batches(name, rank), weights_only=False)
+        return [[Microbatch(batch, 1 / len(step)) for batch in step] for step in parts[: run.steps]]
 
     def _batches(self, name: str, rank: int) -> Path:
         return self.folder / f"{name}.{rank}.batches"

@@ -41,7 +41,7 @@ def compare_run(
             found.append(parameters.compare(key, observed, reference))
     found = [c for c in found if c.step >= 0 or number == 0]
     found = _only_where_gradients_differ(_with_draws(_without_random(found, observed, reference), observed))
-    return _only_where_something_follows(found) if exact else found
+    return _only_where_something_follows(_only_of_owners(found, observed)) if exact else found
 
 
 def _only_where_gradients_differ(found: list[Comparison]) -> list[Comparison]:
@@ -51,6 +51,31 @@ def _only_where_gradients_differ(found: list[Comparison]) -> list[Comparison]:
     return [
         replace(c, verdict=Verdict.NOT_CHECKED, reason=reason)
         if c.stage == "backward" and c.verdict is Verdict.DIFFERENT and c.step not in wrong
+        else c
+        for c in found
+    ]
+
+
+def _only_of_owners(found: list[Comparison], observed: Observed) -> list[Comparison]:
+    """A gradient that only the ranks lack who get the new weight from another: ZeRO's owners reduce, step and send.
+
+    Told by the new weight, which is right everywhere, and by a rank of each group of replicas whose gradient is right.
+    """
+    parallelism = observed.parallelism
+    if parallelism.dp_replicate == 1 or parallelism.dp_shard > 1:
+        return found
+    updated = {
+        (c.step, c.name) for c in found if c.stage == "update" and c.verdict in (Verdict.EQUAL, Verdict.ROUNDING)
+    }
+    reason = "right on the rank that owns it, and the new weight is right on every rank"
+
+    def owned(c: Comparison) -> bool:
+        right = set(range(parallelism.world_size)) - set(c.ranks)
+        return {parallelism.coordinates(rank)["tp"] for rank in right} == set(range(parallelism.tp))
+
+    return [
+        replace(c, verdict=Verdict.NOT_CHECKED, reason=reason)
+        if c.stage == "gradient" and c.verdict is Verdict.DIFFERENT and (c.step, c.name) in updated and owned(c)
         else c
         for c in found
     ]
@@ -106,6 +131,9 @@ def _first_foreign_draw(observed: Observed, reference: Reference) -> tuple[int, 
     own: dict[tuple[Key, int], int] = {
         (record.key, record.call): record.draws for record in reference.trace.records if record.draws
     }
+    if not own:
+        # One device draws nothing at all: whatever a layout draws must not matter.
+        return None
     place = {key: number for number, key in enumerate(reference.trace.by_key)}
     found = [
         (record.step, place.get(record.key, 0))

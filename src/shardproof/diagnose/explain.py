@@ -25,6 +25,7 @@ from shardproof.diagnose import (
 from shardproof.diagnose.at_once import at_once
 from shardproof.diagnose.case import Case, Diagnosis, Facts
 from shardproof.diagnose.finding import Finding, Hypothesis
+from shardproof.diagnose.sums import replicas_differ
 from shardproof.spec.stages import STAGES
 
 Family = Callable[[Case], Diagnosis | None]
@@ -45,10 +46,12 @@ FAMILIES: Mapping[str, tuple[Family, ...]] = {
         forward.wrong_group,
         precision.lost,
         attention.forward,
+        forward.normalises,
     ),
     "loss": (repeat.differs_from_itself, forward.not_reduced, loss.wrong_loss, precision.lost),
     "gradient": (
         repeat.differs_from_itself,
+        optimizer.skipped_infinite,
         scale.everywhere,
         scale.subset,
         sums.over_tp,
@@ -91,6 +94,10 @@ def first_divergence(comparisons: Sequence[Comparison]) -> Comparison | None:
     if first.stage == "backward":
         # A wrong gradient of an activation only says where: what counts is the parameter's.
         first = next((c for c in wrong if c.step == first.step and c.stage == "gradient"), first)
+    losses = [c for c in wrong if (c.step, c.stage) == (first.step, "loss")]
+    if first.stage == "loss" and all(c.part == "logged" for c in losses):
+        # What a step logs is no part of training: a wrong gradient says more.
+        first = next((c for c in wrong if c.step == first.step and c.stage == "gradient"), first)
     return first
 
 
@@ -109,8 +116,9 @@ def explain(case: Case) -> Finding:
     made = next((d for family in FAMILIES.get(first.stage, ()) if (d := _asked(family, case)) is not None), None)
     diagnosis = made or Diagnosis(
         cause=STAGE_CAUSES.get(first.stage, "unexplained"),
+        axis=replicas_differ(case),
         factor=first.ratio,
-        evidence="" if first.stage in STAGE_CAUSES else "nothing that was tried explains it",
+        evidence=_apart(case) if first.stage in STAGE_CAUSES else "nothing that was tried explains it",
         fix=FIXES.get(first.stage, FIXES["forward"]),
     )
     at = diagnosis.at or first
@@ -131,6 +139,16 @@ def explain(case: Case) -> Finding:
         polluted=polluted,
         tried=tuple(case.tried),
     )
+
+
+def _apart(case: Case) -> str:
+    axis = replicas_differ(case)
+    what = (
+        "the ranks hold other values than one device"
+        if axis is None
+        else f"the ranks along {axis} hold different copies"
+    )
+    return f"{what}, in this and {len(case.wrong) - 1} more tensors" if len(case.wrong) > 1 else what
 
 
 def _asked(family: Family, case: Case) -> Diagnosis | None:
@@ -165,10 +183,10 @@ def _inherited(case: Case, later: Sequence[Comparison]) -> tuple[str, int]:
         said += (
             f"; of {len(found.inherited) + len(found.own)} modules that could be asked, {len(found.inherited)} give "
         )
-        said += "the same on one device when fed this run's own input, so that their error was handed to them"
+        said += "the same on one device when fed this run's own input, so that their error is not their own"
     if case.first.name in found.inherited:
-        said += f"; {case.first.name} is one of them: the fault lies in what is computed between it and the modules "
-        said += "before it"
+        said += f"; {case.first.name} is one of them: what it was fed is wrong already, by what is computed between it "
+        said += "and the modules before it, or it mixes the samples of a batch, of which each rank has a part"
     if others:
         said += f"; {', '.join(others[:3])} {'are' if len(others) > 1 else 'is'} wrong of its own as well"
     return said, len(later) - len(others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from shardproof.compare.measure import largest, wide
 from shardproof.compare.verdict import Comparison
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.factors import axes_of, simple
-from shardproof.diagnose.origin import fed
+from shardproof.diagnose.origin import fed, follows
 from shardproof.parallel.names import ROOT
 
 SUM_IT = "sum the output over tp before it is used (all_reduce, or output_layouts=Replicate())"
@@ -23,6 +24,14 @@ def not_reduced(case: Case) -> Diagnosis | None:
     """The outputs of tp peers only add up to the right one, and somebody used them as they were."""
     first = case.first
     biased = first.stage == "forward" and first.layout == PARTIAL_AND_BIAS
+    if biased:
+        shown = shown_of(case)
+        if all(torch.equal(a.got, b.got) for a in shown for b in shown if a.cell is b.cell):
+            biased = False  # Peers that hold the same hold no parts: something else made them so.
+        for later in case.wrong if biased else ():
+            summed = None if later.layout == PARTIAL_AND_BIAS else bias(replace(case, first=later))
+            if summed is not None:
+                return replace(summed, where=first.name)
     partial = first if biased else _unsummed(case.comparisons, first)
     if not case.fits("the sum over tp of the outputs is right", math.inf if partial is None else 0.0):
         return None
@@ -193,6 +202,21 @@ def _partials(case: Case, given: dict[int, Tensor]) -> tuple[Tensor, dict[int, T
                 return None
             found[data_rank * tp + number] = wide(answer.output) - wide(zero.output)
     return wide(zero.output), found
+
+
+def normalises(case: Case) -> Diagnosis | None:
+    """A module that takes means over the samples it sees, of which each rank has a part."""
+    if case.probe is None or case.facts.parallelism.dp * case.facts.microbatches == 1:
+        return None
+    if not case.probe.normalises_batches(case.first.name) or follows(case.first, case) is not True:
+        return None
+    return Diagnosis(
+        cause="unexplained",
+        evidence=f"{case.first.name} normalises over the samples of a batch, and each rank and micro-batch has a part "
+        "of it: one device gives the same for such a part",
+        fix="nn.SyncBatchNorm takes means over all ranks; or normalise over something else than samples, as LayerNorm "
+        "and GroupNorm do",
+    )
 
 
 def averaged(case: Case) -> Diagnosis | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from shardproof.compare.measure import wide
 from shardproof.compare.verdict import Comparison, Verdict
+from shardproof.diagnose import scale
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.coefficients import splits
 from shardproof.diagnose.factors import axes_of, axis_name, simple
@@ -56,6 +58,10 @@ def wrong_loss(case: Case) -> Diagnosis | None:
         return _logged(case)
     if not _outputs_right(case):
         return None
+    weighted = _addend(case)
+    if weighted is not None or case.facts.parallelism.tp == 1:
+        # Without tensor parallelism every rank has whole logits: nothing of the loss is sharded.
+        return weighted
     case.fits("the outputs are right and the loss made from them is not", 0.0)
     far_by = [got - want for got, want in parts]
     said = "ranks of a tp group get different losses from the same output" if peers_differ else _offset(far_by, case)
@@ -66,6 +72,14 @@ def wrong_loss(case: Case) -> Diagnosis | None:
         fix="compute the loss from whole logits, or sum exponentials and target logits over tp exactly once "
         "(loss_parallel, a vocabulary-parallel cross entropy on logits that are still split)",
     )
+
+
+def _addend(case: Case) -> Diagnosis | None:
+    """One addend of the loss that counts otherwise, as the gradients tell."""
+    gradients = [
+        c for c in case.comparisons if (c.step, c.stage, c.verdict) == (case.first.step, "gradient", Verdict.DIFFERENT)
+    ]
+    return next((d for c in gradients[:3] if (d := scale.term(replace(case, first=c))) is not None), None)
 
 
 def _offset(far: list[float], case: Case) -> str:
@@ -144,7 +158,7 @@ def _logged(case: Case) -> Diagnosis:
     return Diagnosis(
         cause="unexplained",
         axis=axis,
-        evidence=f"the losses of all parts and {right} of {len(gradients)} gradients are right; only what the step "
-        f"returns is not{said}",
+        evidence=f"the losses of all parts are right, and {right} of {len(gradients)} gradients; what the step returns "
+        f"is not{said}",
         fix="return the mean over this rank's micro-batches, or the mean over all data ranks, the same on all tp peers",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import product
 
-from shardproof.compare.measure import wide
+from shardproof.compare.measure import largest, wide
 from shardproof.compare.verdict import Verdict
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.factors import axis_name
@@ -17,12 +17,14 @@ def clipped(case: Case) -> Diagnosis | None:
     """The norm, or the coefficient made from it."""
     per_rank = _coefficients(case)
     said = []
-    if len(set(per_rank.values())) > 1:
-        listed = ", ".join(f"{value:.4g} on rank {rank}" for rank, value in sorted(per_rank.items())[:4])
+    if not per_rank:
+        said.append("what became of them is no multiple of the right ones")
+    elif len(set(per_rank.values())) > 1:
+        listed = ", ".join(f"{value:.6g} on rank {rank}" for rank, value in sorted(per_rank.items())[:4])
         said.append(
             f"ranks clipped by different coefficients ({listed} times the right one): each by a norm of its own"
         )
-    elif per_rank:
+    else:
         said.append(f"all ranks clipped by {next(iter(per_rank.values())):.6g} times the right coefficient")
     rule = _counted(case, per_rank)
     if rule:
@@ -37,8 +39,8 @@ def clipped(case: Case) -> Diagnosis | None:
 
 
 def _coefficients(case: Case) -> dict[int, float]:
-    """Rank -> how much more it was clipped than the reference, rounded so that equal ones are equal."""
-    found: dict[int, float] = {}
+    """Rank -> how much more it was clipped than the reference; empty where no one number says it for all gradients."""
+    found: dict[int, list[tuple[float, float]]] = {}
     for comparison in case.comparisons:
         if comparison.step != case.first.step or comparison.stage != "grad-norm" or comparison.part != "clipped":
             continue
@@ -46,9 +48,17 @@ def _coefficients(case: Case) -> dict[int, float]:
         for share in case.shares(comparison):
             right = share.take(wide(want[0]))
             square = float(right @ right)
-            if square > 0 and share.rank not in found:
-                found[share.rank] = float(f"{float(share.got @ right) / square:.9g}")
-    return found
+            far = 1e3 * comparison.floor
+            if not square > far**2:
+                continue
+            ratio = float(share.got @ right) / square
+            if not largest((share.got - ratio * right).abs()) <= far * max(1.0, abs(ratio)):
+                return {}
+            found.setdefault(share.rank, []).append((ratio, far / square**0.5))
+    if any(abs(one - own[0][0]) > 1e-9 + slack for own in found.values() for one, slack in own):
+        return {}
+    # Rounded, so that equal ones are equal.
+    return {rank: float(f"{own[0][0]:.9g}") for rank, own in found.items()}
 
 
 def _counted(case: Case, per_rank: dict[int, float]) -> str:

@@ -64,6 +64,12 @@ def skipped(case: Case) -> Diagnosis | None:
     )
 
 
+def skipped_infinite(case: Case) -> Diagnosis | None:
+    """The same where the gradients that made them skip are what differs first."""
+    ranks = range(case.facts.parallelism.world_size)
+    return skipped(case) if any(_has_infinite(rank, case) for rank in ranks) else None
+
+
 def _has_infinite(rank: int, case: Case) -> bool:
     trace, step = case.observed.ranks[rank], case.first.step
     return any(

@@ -43,7 +43,7 @@ def _narrowed(pairs: Sequence[tuple[Tensor, Tensor]], case: Case) -> Diagnosis |
     for name, dtype in NARROW.items():
         if torch.finfo(dtype).eps <= torch.finfo(dtype_of_run).eps:
             continue
-        said = _rounded(pairs, dtype, name)
+        said = _rounded(pairs, dtype, name, dtype_of_run)
         if said and case.fits(f"rounded to {name}", 0.0):
             return Diagnosis(
                 cause="precision",
@@ -55,7 +55,7 @@ def _narrowed(pairs: Sequence[tuple[Tensor, Tensor]], case: Case) -> Diagnosis |
     return None
 
 
-def _rounded(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, name: str) -> str:
+def _rounded(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, name: str, dtype_of_run: torch.dtype) -> str:
     """In words how the tensors were rounded to `dtype`; empty where they were not."""
     eps = torch.finfo(dtype).eps
     # Each beside its own size: a gradient that is zero but for rounding has none.
@@ -63,7 +63,7 @@ def _rounded(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, name: s
     errors = [float((got - want).abs().max()) for got, want in pairs]
     if any(error > ULPS * eps * size for error, size in zip(errors, sizes, strict=True)):
         return ""
-    times = _whole(torch.cat([got for got, _ in pairs]), dtype)
+    times = _whole(torch.cat([got for got, _ in pairs]), dtype, torch.finfo(dtype_of_run).eps)
     if times:
         return f"{'all values' if times == 1 else f'{times} times each value'} are whole {name} numbers"
     # Rounding spreads to both sides, and is no smaller than half a unit: a fault has a direction and any size. So
@@ -103,13 +103,13 @@ def _pairs(case: Case) -> Iterator[list[tuple[Tensor, Tensor]]]:
     yield [(g, w) for g, w in found if g.numel() and not torch.equal(g, w)]
 
 
-def _whole(got: Tensor, dtype: torch.dtype) -> int:
+def _whole(got: Tensor, dtype: torch.dtype, eps: float) -> int:
     """The smallest number by which all values have to be multiplied to be whole in `dtype` (a mean over as many ranks
     was divided in more digits); 0 where there is none."""
     for times in range(1, DIVISORS + 1):
         many = got * times
         narrow = many.to(dtype).to(torch.float64)
-        if bool(((narrow - many).abs() <= 4 * torch.finfo(torch.float64).eps * many.abs()).all()):
+        if bool(((narrow - many).abs() <= (4 if times > 1 else 0) * eps * many.abs()).all()):
             return times
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -17,6 +17,9 @@ from shardproof.diagnose.coefficients import Fitted, fitted, mixed_pieces
 from shardproof.diagnose.factors import axes_of, axis_name
 from shardproof.diagnose.sums import DATA, not_reduced_fix
 from shardproof.spec.parallelism import AXES
+
+TENSORS = 6
+"""Other wrong gradients that are looked at, where a part of them alone fits."""
 
 RELATIVE = 1e-8
 """Of the error: what a combination may leave unexplained beyond rounding, as its basis was rounded otherwise."""
@@ -31,7 +34,9 @@ def combined(case: Case) -> Diagnosis | None:
         size = max((c.error / c.floor for c in wrong if c.floor > 0 and math.isfinite(c.error)), default=0.0)
         limit = max(MULTIPLE, RELATIVE * size)
         if case.fits(f"a combination of {len(found.parts)} contributions", found.residual, limit=limit):
-            return _Pattern.of(case, found).diagnosis()
+            others = [c for c in case.wrong if c not in wrong][:TENSORS]
+            elsewhere = (mixed(replace(case, first=other)) for other in others)
+            return next((d for d in elsewhere if d is not None), None) or _Pattern.of(case, found).diagnosis()
     return None
 
 
@@ -121,6 +126,9 @@ class _Pattern:
             return self._wrong_group(support)
         partly = [key for key in support if not full[key] and not empty[key]]
         if any(full[key] for key in support):
+            behind = {rank for rank, _ in partly}
+            if all((rank, m) in partly or empty[rank, m] for rank in behind for m in range(len(self.microbatches))):
+                return self._some_ranks(axes[partly[0]] or (), sorted(behind))
             return self._partly(partly)
         return self._own_group(axes[partly[0]] or ())
 
@@ -159,7 +167,8 @@ class _Pattern:
 
     def _misweighted(self, weights: Tensor, spread: float) -> Diagnosis:
         lost = [m for m, w in zip(self.microbatches, weights, strict=True) if abs(float(w)) <= spread]
-        said = f"micro-batches {', '.join(f'{float(w):.4g}' for w in weights)} times their right share"
+        shown = [0.0 if abs(float(w)) <= spread else float(w) for w in weights]
+        said = f"micro-batches {', '.join(f'{w:.4g}' for w in shown)} times their right share"
         ratios = weights[1:] / weights[:-1]
         if lost:
             said += f": nothing of micro-batch {', '.join(map(str, lost))} (of {len(weights)}) is left"
@@ -220,21 +229,35 @@ class _Pattern:
             )
             for table in held
         )
-        group = f"the ranks along {axis_name(axes, self.case.facts.parallelism)}" if axes else "itself"
+        own = f"of the ranks along {axis_name(axes, self.case.facts.parallelism)}" if axes else "it read itself"
         if kept:
             return Diagnosis(
                 cause="grad-not-summed",
                 axis=name,
-                evidence=f"each rank holds the share of {group} alone, already divided for the whole batch, in "
-                f"{self._whose()}; only their sum over {name} is the reference's",
+                evidence=f"each rank holds the share of the samples {own} alone, already divided for the whole batch, "
+                f"in {self._whose()}; only their sum over {name} is the reference's",
                 fix=f"sum this gradient over {name}: the division for the whole batch was done, the reduction was not",
             )
         return Diagnosis(
             cause="grad-not-reduced",
             axis=name,
-            evidence=f"each rank holds the gradients of the samples of {group} alone, and nothing of the other ranks "
+            evidence=f"each rank holds the gradients of the samples {own} alone, and nothing of the other ranks "
             f"along {name}, in {self._whose()}",
             fix=not_reduced_fix(name),
+        )
+
+    def _some_ranks(self, axes: Sequence[str], behind: Sequence[int]) -> Diagnosis:
+        """Some ranks hold what everybody's samples give, and others only their own, in every micro-batch."""
+        missing = [a for a in DATA if a not in axes and getattr(self.case.facts.parallelism, a) > 1]
+        name = axis_name(missing, self.case.facts.parallelism) or "dp"
+        right = sorted(set(self.tables) - set(behind))
+        return Diagnosis(
+            cause="grad-not-reduced",
+            axis=name,
+            evidence=f"in {self._whose()} rank {', '.join(map(str, right))} holds the reduction over {name}, and rank "
+            f"{', '.join(map(str, behind))} nothing but the gradients of its own samples: it was not given the result",
+            fix="use all_reduce and not reduce, so that every data rank gets the reduced gradient",
+            ranks=tuple(behind),
         )
 
     def _partly(self, partly: Sequence[tuple[int, int]]) -> Diagnosis:

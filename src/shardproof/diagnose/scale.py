@@ -60,7 +60,7 @@ def subset(case: Case) -> Diagnosis | None:
         axis=axes_of(factor, case.facts.parallelism, case.facts.microbatches),
         factor=factor,
         evidence=f"{len(same)} gradients ({names}) are {factor:.6g} times the reference's, {right} are right{mixed}",
-        fix=_subset_fix(factor),
+        fix=_subset_fix(factor, case),
     )
 
 
@@ -108,7 +108,9 @@ def term(case: Case) -> Diagnosis | None:
     )
 
 
-def _subset_fix(factor: float) -> str:
+def _subset_fix(factor: float, case: Case) -> str:
+    if not axes_of(factor, case.facts.parallelism, case.facts.microbatches):
+        return "look for what multiplies these gradients alone: a hook, a loss weight, a division on their path"
     if factor > 1:
         return (
             "look for a gradient that is reduced twice on its way here, as by an all_reduce whose backward sums again "

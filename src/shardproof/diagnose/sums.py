@@ -73,6 +73,17 @@ def _reduced_elsewhere(groups: Sequence[Sequence[Share]], case: Case, axes: Sequ
     return None
 
 
+def replicas_differ(case: Case) -> str | None:
+    """The axis along which copies of the first wrong tensor differ; None where they agree, or nothing is a copy."""
+    held = case.shares(case.first)
+    axes = [axis for axis in AXES if getattr(case.facts.parallelism, axis) > 1]
+    for axis in axes:
+        groups = groups_over((axis,), held, case.facts.parallelism)
+        if any(_differ(group, case.first.floor) for group in groups):
+            return axis
+    return None
+
+
 def groups_over(axes: Sequence[str], held: Sequence[Share], parallelism: Parallelism) -> list[list[Share]]:
     """The ranks that differ in `axes` alone and should hold the same elements; empty unless each group is complete."""
     size = 1
@@ -146,6 +157,6 @@ def _not_reduced(case: Case, name: str, size: int) -> Diagnosis:
 def not_reduced_fix(axis: str) -> str:
     """What to change where a gradient stays that of the rank's own samples."""
     return (
-        f"average this gradient over {axis}: call the wrapped model (not its .module), let the last micro-batch's "
-        "backward synchronise, and keep every trainable parameter inside the wrapper"
+        f"average this gradient over {axis} in every rank's step: under DDP and FSDP call the wrapped model (not its "
+        ".module), let the last micro-batch's backward synchronise, and keep every trainable parameter inside"
     )

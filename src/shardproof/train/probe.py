@@ -94,6 +94,11 @@ class Probe:
             gradients={n: g.cpu() for (n, _), g in zip(named, own, strict=True) if g is not None},
         )
 
+    def normalises_batches(self, name: str) -> bool:
+        """Whether a module is a batch norm that takes its statistics from what it is fed."""
+        module = self._modules.get(name)
+        return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+
     def computes_attention(self, name: str, given: Tensor) -> bool:
         """Whether a module mixes tokens (along dim 1) by a softmax of its own, not of a child's."""
         seen = _Seen()

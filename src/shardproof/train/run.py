@@ -61,6 +61,9 @@ class Variant:
     draw: int | None = None
     """Number of the random one-ulp disturbance of parameters and inputs, or None."""
 
+    replays: str | None = None
+    """The run whose batches are read again, where a user's own loader made them."""
+
     inputs: bool = False
     """What enters each module is recorded as well."""
 
