@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from shardproof.compare.floor import Moved, floor_of
 from shardproof.compare.reads import Reads, digest_of, understand
@@ -127,15 +126,12 @@ class Session:
         observed = self._observed(layout, reads)
         unclipped = self._unclipped(name, layout, variant)
         parts = self._parts(layout, reads) if trusted.by_parts else ()
-        compared = self._compared(
-            layout,
-            name,
-            trusted.name,
-            trusted.floors,
-            observed,
-            unclipped,
-            parts,
-        )
+        compared = self._compared(layout, name, trusted, observed, unclipped, parts)
+        if self._clips_exactly(compared, trusted):
+            # Without torch's epsilon, which is as right: the reference is to do the same.
+            replay = Replay(name=name, sources=reads.sources)
+            trusted = self._reference(f"{name}-exact", replay, exact_clipping=True)
+            compared = self._compared(layout, name, trusted, observed, unclipped, parts)
         collectives = by_axis(summaries[0].collectives, layout)
         pieces = [summaries[rank].pieces for rank in range(layout.world_size)]
         facts = Facts(
@@ -238,13 +234,44 @@ class Session:
         self.progress.finished(run)
         return run
 
-    def _compared(self, layout: Parallelism, *what: Any) -> list[Comparison]:
-        """What `Worker.compare` says of `what`, in causal order."""
+    def _clips_exactly(self, compared: Sequence[Comparison], trusted: Trusted) -> bool:
+        """Whether a user's own step clips by the norm as it is, to which torch adds a millionth."""
+        experiment, first = self.worker.experiment, first_divergence(compared)
+        if experiment.train_step is None or experiment.max_grad_norm is None or trusted.by_parts:
+            return False
+        if first is None or first.stage != "grad-norm" or first.ratio is None:
+            return False
+        wrong = [c for c in compared if (c.step, c.stage) == (first.step, "grad-norm") and c.verdict == "different"]
+        off = first.ratio - 1
+        # As far as a millionth of any norm of 0.001 or more goes, and the same for all.
+        return 0 < off <= 1e-3 and all(c.ratio is not None and abs(c.ratio - first.ratio) <= 0.1 * off for c in wrong)
+
+    def _compared(
+        self,
+        layout: Parallelism,
+        name: str,
+        trusted: Trusted,
+        observed: Observed,
+        unclipped: str | None,
+        parts: Sequence[Sequence[tuple[int, int]]],
+    ) -> list[Comparison]:
+        """What `Worker.compare` says of a run, in causal order."""
         # torchrun's ranks need not see each other's files. Where a layout is found from values, one step tells the
         # next where a piece lies, so that one rank looks at all of them.
         shared = isinstance(self.ranks, ForkedRanks) and self.worker.experiment.parallelize is None
         ranks = tuple(range(min(self.ranks.size, self.worker.steps))) if shared else (0,)
-        said = self.ranks.call("compare", *what, ranks, ranks=ranks, during=f"the comparison of {layout.strategy}")
+        said = self.ranks.call(
+            "compare",
+            name,
+            trusted.name,
+            trusted.floors,
+            observed,
+            unclipped,
+            parts,
+            ranks,
+            ranks=ranks,
+            during=f"the comparison of {layout.strategy}",
+        )
         return sorted((c for found in said.values() for c in found), key=lambda c: c.step)
 
     def _train(self, name: str, layout: Parallelism, variant: Variant) -> dict[int, Summary]:
@@ -302,12 +329,14 @@ class Session:
             )
         return known or self._reference(f"{name}-reference", Replay(name=name, sources=reads.sources))
 
-    def _reference(self, name: str, replay: Replay | None) -> Trusted:
+    def _reference(self, name: str, replay: Replay | None, *, exact_clipping: bool = False) -> Trusted:
         self.progress.starting("training the reference on one device")
-        summary = self.ranks.call("reference", name, replay, ranks=[0], during="the reference")[0]
-        variants = [Variant(draw=draw) for draw in range(DRAWS)]
+        summary = self.ranks.call(
+            "reference", name, replay, Variant(exact_clipping=exact_clipping), ranks=[0], during="the reference"
+        )[0]
+        variants = [Variant(draw=draw, exact_clipping=exact_clipping) for draw in range(DRAWS)]
         if self.worker.low_precision:
-            variants.append(Variant(widened=True))
+            variants.append(Variant(widened=True, exact_clipping=exact_clipping))
         self.progress.starting("measuring the noise floor")
         # torchrun's ranks need not see each other's files, and the draws are held against the reference's.
         ranks = tuple(range(self.ranks.size)) if isinstance(self.ranks, ForkedRanks) else (0,)
@@ -318,7 +347,7 @@ class Session:
                 moved.setdefault(number, []).extend(moves)
         floors = {number: floor_of(moves) for number, moves in moved.items()}
         trusted = Trusted(name=name, summary=summary, floors=floors)
-        if not trusted.by_parts:
+        if not trusted.by_parts and not exact_clipping:
             # Another run that read the same samples can use it; parts are cut anew under every layout.
             own = understand([summary.reads], Parallelism(), may_split=False, data=None)
             self._trusted[digest_of(own)] = trusted

@@ -105,13 +105,13 @@ class Worker:
             run.save(self.trace(name, place.rank))
         return summary
 
-    def reference(self, place: Place, name: str, replay: Replay | None) -> Summary:
+    def reference(self, place: Place, name: str, replay: Replay | None, variant: Variant) -> Summary:
         """Train the reference in a world of its own, on what `replay` says was read or on the loader's own batches.
 
         Raises `ExperimentError` where the experiment is broken on one device already.
         """
         with place.world(name, 1):
-            run = self._single(place, Variant())
+            run = self._single(place, variant)
             summary = run.train(self._global_batches(place, replay))
             if summary.strangers:
                 raise ExperimentError(

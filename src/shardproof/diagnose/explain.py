@@ -35,6 +35,7 @@ FAMILIES: Mapping[str, tuple[Family, ...]] = {
     "checkpoint": (checkpoint.reloaded,),
     "forward": (
         rng.misdrawn,
+        rng.undue,
         repeat.differs_from_itself,
         forward.not_reduced,
         forward.bias,

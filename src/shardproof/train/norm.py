@@ -44,9 +44,13 @@ def total_norm(parameters: list[Held], mesh: DeviceMesh) -> Tensor:
     return total.sqrt()
 
 
-def clip_(parameters: list[Held], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients in place so that their norm is at most `max_norm`; torch's formula, 1e-6 included."""
-    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+EPSILON = 1e-6
+"""What `torch.nn.utils.clip_grad_norm_` adds to the norm before it divides by it."""
+
+
+def clip_(parameters: list[Held], norm: Tensor, max_norm: float, epsilon: float = EPSILON) -> None:
+    """Scale all gradients in place so that their norm is at most `max_norm`, by torch's formula."""
+    coefficient = (max_norm / (norm + epsilon)).clamp(max=1.0)
     grads = {id(held.leaf): held.leaf.grad for held in parameters if held.leaf.grad is not None}
     for grad in grads.values():
         scale_([grad], coefficient.to(plain(grad).dtype))

@@ -34,6 +34,7 @@ from shardproof.trace.recorder import Recorder
 from shardproof.train.disturb import Disturbance
 from shardproof.train.faults.fault import Fault
 from shardproof.train.faults.planting import Planting
+from shardproof.train.norm import EPSILON
 from shardproof.train.optimizer import build_optimizer
 from shardproof.train.step import Observer, Step, train_step
 
@@ -60,6 +61,9 @@ class Variant:
 
     draw: int | None = None
     """Number of the random one-ulp disturbance of parameters and inputs, or None."""
+
+    exact_clipping: bool = False
+    """The norm is divided by as it is, without torch's 1e-6."""
 
     replays: str | None = None
     """The run whose batches are read again, where a user's own loader made them."""
@@ -168,6 +172,7 @@ class TracedRun:
             loss=self.recorder.loss(experiment.loss if self.planting is None else self.planting.loss(experiment.loss)),
             mesh=self.mesh,
             parallelism=parallelism,
+            clip_epsilon=0.0 if variant.exact_clipping else EPSILON,
             max_grad_norm=UNCLIPPED if variant.unclipped else experiment.max_grad_norm,
             index=0,
             data_group=data_group,

@@ -18,7 +18,7 @@ from shardproof.parallel.held import Held, plain, scale_, settle_gradients
 from shardproof.spec.experiment import Batch
 from shardproof.spec.loss import LossSum
 from shardproof.spec.parallelism import Parallelism
-from shardproof.train.norm import clip_, total_norm
+from shardproof.train.norm import EPSILON, clip_, total_norm
 from shardproof.train.sync import gradient_sync
 
 
@@ -50,6 +50,9 @@ class Step:
 
     data_group: dist.ProcessGroup | None = None
     """The ranks over which the batch is cut: the two data axes flattened."""
+
+    clip_epsilon: float = EPSILON
+    """Added to the norm before it divides `max_grad_norm`; a user's own step may do without."""
 
     loss_scale: float = 1.0
     """Factor on the loss in the backward pass, taken out of the gradients again before anybody sees them."""
@@ -110,7 +113,7 @@ def train_step(step: Step, parameters: list[Held], observer: Observer | None = N
         norm = total_norm(parameters, step.mesh)
         if observer is not None:
             observer.norm(norm)
-        clip_(parameters, norm, step.max_grad_norm)
+        clip_(parameters, norm, step.max_grad_norm, step.clip_epsilon)
     step.optimizer.step()
     return logged
 
