@@ -7,11 +7,13 @@ bin := $(VENV)/bin
 install := $(bin)/python -m pip install --quiet -c constraints.txt
 inputs := pyproject.toml constraints.txt
 
-.PHONY: help check-example test clean
+.PHONY: help check-example test zoo zoo-page clean
 
 help:
 	@echo "make check-example   install shardproof into $(VENV) and check examples/digits.py on four ranks"
 	@echo "make test            install the tools of its developers as well, and run linters and tests"
+	@echo "make zoo             check every known bug, and right code that looks like one; minutes"
+	@echo "make zoo-page        do so in four settings, and write the tables of docs/zoo.md"
 	@echo "make clean           remove $(VENV)"
 
 check-example: $(VENV)/.example-installed
@@ -23,6 +25,12 @@ test: $(VENV)/.dev-installed
 	$(bin)/mypy
 	$(bin)/lint-imports
 	$(bin)/python -m pytest
+
+zoo: $(VENV)/.example-installed
+	$(bin)/shardproof zoo
+
+zoo-page: $(VENV)/.example-installed
+	$(bin)/python benchmarks/zoo_table.py
 
 clean:
 	rm -rf "$(VENV)"

@@ -271,16 +271,32 @@ def test_an_unexpected_error_shows_its_traceback_and_is_not_taken_for_a_divergen
     assert "ZeroDivisionError: a bug of ours" in capsys.readouterr().err
 
 
-def test_help_explains_each_option_and_shows_examples():
-    help_text = CliRunner().invoke(cli.app, ["check", "--help"], env={"COLUMNS": "80"}).stdout
-    assert "shardproof check train.py:decoder --strategies ddp,fsdp,tp_fsdp --ranks 8" in help_text
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ("check", "shardproof check train.py:decoder --strategies ddp,fsdp,tp_fsdp --ranks 8"),
+        ("zoo", "shardproof zoo 'ddp_*' mean-of-means --verbose"),
+    ],
+)
+def test_help_explains_each_option_and_shows_examples(command: str, example: str):
+    help_text = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "80"}).stdout
+    assert example in help_text
     options = help_text[help_text.index("Options:") :].splitlines()[1:]
     # One line each.
     assert all(line.lstrip().startswith("-") for line in options if line)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["check", "--help"], ["check", "x.py", "--strategies", "nope"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["check", "--help"],
+        ["check", "x.py", "--strategies", "nope"],
+        ["zoo", "--help"],
+        ["zoo", "--grid", "2"],
+        ["zoo", "--width", "3"],
+    ],
 )
 def test_an_answer_that_needs_no_torch_does_not_load_it(arguments: list[str]):
     code = """\

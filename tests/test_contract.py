@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import shardproof as sp
+from shardproof.zoo.fixtures.megatron import Column, Row
 
 ROOT = Path(__file__).parents[1]
 SAMPLES, WIDTH, HIDDEN, CLASSES = 48, 4, 6, 3
@@ -910,63 +911,16 @@ def test_our_own_hooks_call_no_collective() -> None:
 # Plain local tensors.
 
 
-class _Copy(torch.autograd.Function):
-    """Identity, and a sum over the group on the way back: Megatron-LM's f."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _Reduce(torch.autograd.Function):
-    """A sum over the group, and identity on the way back: Megatron-LM's g."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class Column(nn.Module):
-    def __init__(self, linear: nn.Linear, rows: Tensor, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
-        self.weight = nn.Parameter(linear.weight.detach()[rows].clone())
-        self.bias = nn.Parameter(linear.bias.detach()[rows].clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(_Copy.apply(x, self.group), self.weight, self.bias)
-
-
-class Row(nn.Module):
-    def __init__(self, linear: nn.Linear, columns: Tensor, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
-        self.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
-        self.bias = nn.Parameter(linear.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Reduce.apply(F.linear(x, self.weight), self.group) + self.bias
-
-
 def megatron(slices: Callable[[int], list[int]]) -> Callable[..., nn.Module]:
     """Plain tensors only: rank r holds the hidden units `slices(r)`."""
 
     def parallelize(model: nn.Module, mesh: Any, parallelism: sp.Parallelism) -> nn.Module:
         group, chosen = mesh["tp"].get_group(), torch.tensor(slices(mesh["tp"].get_local_rank()))
-        model.fc1, model.fc2 = Column(model.fc1, chosen, group), Row(model.fc2, chosen, group)
+        column, row = Column(model.fc1, group), Row(model.fc2, group)
+        column.weight = nn.Parameter(model.fc1.weight.detach()[chosen].clone())
+        column.bias = nn.Parameter(model.fc1.bias.detach()[chosen].clone())
+        row.weight = nn.Parameter(model.fc2.weight.detach()[:, chosen].clone())
+        model.fc1, model.fc2 = column, row
         return model
 
     return parallelize

@@ -201,7 +201,7 @@ def test_gradients_reduced_for_some_micro_batches_have_no_cause_without_a_refere
 
 @pytest.mark.parametrize("strategy", planted.TENSOR_PARALLEL)
 def test_a_missing_sum_over_tp_shows_in_the_gradients_above_it(strategy: str) -> None:
-    first = violated(replace(HAND, parallelize=partial(planted.by_hand, enter=False)), strategy)
+    first = violated(replace(HAND, parallelize=partial(planted.by_hand, enter=planted.same)), strategy)
     assert (first.cause, first.stage, first.where) == ("unexplained", "gradient", "norm2.bias")
     assert first.axis == "tp"
     assert first.ranks == planted.everyone(strategy)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import shardproof as sp
+from shardproof.zoo.fixtures.megatron import copy, reduce
 
 WIDTH, HIDDEN, CLASSES = 4, 8, 3
 
@@ -48,42 +49,13 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 BASE = sp.Experiment(model=Mlp, data=DATA, loss=mean_loss, optimizer=sgd, batch_size=8, steps=2)
 
 
-class Copy(torch.autograd.Function):
-    """Megatron's f: nothing forward, a sum over tp backward (arXiv:1909.08053, section 3)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class Reduce(torch.autograd.Function):
-    """Megatron's g: a sum over tp forward, nothing backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 def split_by_hand(model: Any, mesh: Any) -> None:
     group, rank, size = mesh["tp"].get_group(), mesh["tp"].get_local_rank(), mesh["tp"].size()
     model.fc1.weight = nn.Parameter(model.fc1.weight.detach().chunk(size, 0)[rank].clone())
     model.fc1.bias = nn.Parameter(model.fc1.bias.detach().chunk(size, 0)[rank].clone())
     model.fc2.weight = nn.Parameter(model.fc2.weight.detach().chunk(size, 1)[rank].clone())
-    model.fc1.register_forward_pre_hook(lambda _m, args: (Copy.apply(args[0], group),))
-    model.fc2.register_forward_hook(lambda _m, _a, out: Reduce.apply(out, group))
+    model.fc1.register_forward_pre_hook(lambda _m, args: (copy(args[0], group),))
+    model.fc2.register_forward_hook(lambda _m, _a, out: reduce(out, group))
 
 
 def by_hand_under_fsdp(model: nn.Module, mesh: Any, parallelism: sp.Parallelism) -> nn.Module:

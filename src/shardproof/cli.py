@@ -1,4 +1,4 @@
-"""The command line: reads options, calls `check`, prints the report, and ends with its exit code.
+"""The command line: reads options, calls `check` or the zoo, prints the report, and ends with its exit code.
 
 Nothing here imports torch before it is needed: `--help` and a mistyped option answer at once.
 """
@@ -12,19 +12,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from shardproof.errors import ShardproofError, UsageError
+from shardproof.ranks.launch import Launch
 from shardproof.report import file, show, text
 from shardproof.report.data import Report
 from shardproof.report.progress import progress_on
 from shardproof.spec.loading import load
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.strategies import parse
+from shardproof.zoo.setting import Setting
+from shardproof.zoo.setting import grid as axes
 
 DIVERGED = 1
 """Exit code where a strategy does not compute the same training as the reference."""
@@ -85,7 +90,6 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    # A callback of its own keeps `check` a subcommand while it is the only one.
     del version
 
 
@@ -146,7 +150,7 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
     with _exit_codes():
         # Whatever is wrong with the options is said before torch is loaded and anything is trained.
         wanted = _wanted(strategies, strategy or (), ranks)
-        _refuse(timeout, (json, html), both=quiet and verbose)
+        _refuse((json, html), both=quiet and verbose, timeout_s=timeout)
         loaded = load(experiment)
         progress = progress_on(Console(stderr=True), quiet=quiet)
         try:
@@ -182,7 +186,81 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
             raise typer.Exit(DIVERGED)
 
 
-def _refuse(timeout_s: float, paths: Iterable[Path | None], *, both: bool) -> None:
+@app.command("zoo", short_help="Check known bugs, and right code that looks like them.")
+def _zoo(  # noqa: PLR0913  (typer declares an option by a parameter)
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAMES", help="Entries or causes; wildcards.", show_default="all")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of weights, data and random draws.")] = 0,
+    width: Annotated[int, typer.Option(metavar="N", help="Features of an attention head; even.")] = 4,
+    dp: Annotated[int, typer.Option(metavar="N", help="Ranks of layouts with one data axis.")] = 4,
+    tp: Annotated[int, typer.Option(metavar="N", help="Ranks of layouts with tp alone.")] = 4,
+    grid: Annotated[str, typer.Option(metavar="DPxTP", help="Ranks of layouts with two axes.")] = "2x2",
+    microbatches: Annotated[int, typer.Option(metavar="N", help="Of entries that have several.")] = 3,
+    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the results as JSON.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List entries, causes and sources; run nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every finding in full.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the conclusion only.")] = False,
+) -> None:
+    """Check known bugs of parallel training, and right code that looks like them.
+
+    Each bug names the public thread or project that it was seen in. Prints whether it is detected, located and named,
+    what was found instead where it is not, and the false alarms on right code.
+
+    \b
+    Examples:
+      shardproof zoo
+      shardproof zoo 'ddp_*' mean-of-means --verbose
+      shardproof zoo --seed 5 --width 6 --dp 3 --tp 2 --grid 3x2 --json zoo.json
+      shardproof zoo --list
+
+    \b
+    Exit codes:
+      0  every bug is detected, and no right code raises a false alarm
+      1  a bug goes undetected, or right code raises a false alarm
+      2  wrong use
+    """
+    with _exit_codes():
+        _refuse((json,), both=quiet and verbose)
+        if Launch.of(os.environ) is not None:
+            raise UsageError("zoo: starts its own ranks, more or fewer for each entry; run it without torchrun")
+        setting = Setting(seed=seed, width=width, dp=dp, tp=tp, grid=axes(grid), microbatches=microbatches)
+        # These load torch.
+        from shardproof.zoo.json import write  # noqa: PLC0415
+        from shardproof.zoo.run import run_zoo  # noqa: PLC0415
+        from shardproof.zoo.table import chosen  # noqa: PLC0415
+        from shardproof.zoo.text import conclusion, listing, outcome, view  # noqa: PLC0415
+
+        bugs, controls = chosen(names or ())
+        console = Console()
+        if listed:
+            _lines(listing(bugs, controls), console)
+            return
+        progress = progress_on(Console(stderr=True), quiet=quiet)
+        done, entries = count(1), len(bugs) + len(controls)
+        try:
+            report = run_zoo(
+                bugs,
+                controls,
+                setting,
+                told=lambda result: progress.message(f"{next(done)} of {entries}: {outcome(result)}"),
+            )
+        finally:
+            progress.close()
+        shown = [conclusion(report)] if quiet else view(report, console.width, verbose=verbose)
+        _lines(shown, console)
+        if json is not None:
+            write(report, json)
+        if not report.ok:
+            raise typer.Exit(DIVERGED)
+
+
+def _lines(lines: Iterable[Text], console: Console) -> None:
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _refuse(paths: Iterable[Path | None], *, both: bool, timeout_s: float = 1.0) -> None:
     """Raises `UsageError` for options that cannot be meant; `both` is whether quiet and verbose are asked for."""
     if both:
         raise UsageError("--quiet and --verbose exclude each other; give one")

@@ -22,6 +22,10 @@ class BugResult:
     name: str
     cause: str
     """The true one."""
+    stages: tuple[str, ...]
+    where: tuple[str, ...]
+    """Where a finding may rightly place it, as in `Bug`."""
+    source: str
     detected: bool
     """Whether there was a finding."""
     located: bool
@@ -33,6 +37,11 @@ class BugResult:
     finding: Finding | None = None
     error: str = ""
     """What the check raised instead of reporting."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was detected, located and named."""
+        return self.detected and self.located and self.cause_first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +64,19 @@ class ZooReport:
     controls: tuple[ControlResult, ...]
 
     @property
+    def ok(self) -> bool:
+        """Whether every bug was detected, and no control raised a false alarm."""
+        return all(bug.detected for bug in self.bugs) and not self.false_alarms
+
+    @property
     def false_alarms(self) -> int:
         """Controls that did not pass."""
         return sum(not control.ok for control in self.controls)
+
+    @property
+    def time_s(self) -> float:
+        """Wall clock of all checks."""
+        return sum(bug.time_s for bug in self.bugs) + sum(control.time_s for control in self.controls)
 
 
 def run_zoo(
@@ -90,6 +109,9 @@ def run_bug(bug: Bug, setting: Setting) -> BugResult:
     return BugResult(
         name=bug.name,
         cause=bug.cause,
+        stages=bug.stages,
+        where=bug.where,
+        source=bug.source,
         detected=first is not None,
         located=first is not None and first.stage in bug.stages and any(matches(first.where, w) for w in bug.where),
         cause_first=first is not None and first.cause == bug.cause,

@@ -69,3 +69,11 @@ class Setting:
     def length(self) -> int:
         """Tokens of a sample: as many for every tensor-parallel rank, as sequence parallelism cuts it into slices."""
         return math.lcm(self.tp, self.grid[1]) * (2 if self.tp > 2 else 4)
+
+
+def grid(text: str) -> tuple[int, int]:
+    """`2x3` -> (2, 3). Raises `UsageError` for anything else."""
+    first, _, second = text.lower().partition("x")
+    if not (first.isdecimal() and second.isdecimal()):
+        raise UsageError(f"zoo: --grid {text}: give the ranks of two axes, as in 2x3")
+    return int(first), int(second)

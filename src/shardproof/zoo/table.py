@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from shardproof.errors import UsageError
 from shardproof.spec.patterns import matches
-from shardproof.spec.strategies import suggest
 from shardproof.zoo import controls, controls_split, controls_state
 from shardproof.zoo.bugs import (
     buffers,
@@ -62,22 +64,26 @@ CONTROLS: tuple[Control, ...] = tuple(
 )
 
 
-def chosen(patterns: tuple[str, ...]) -> tuple[tuple[Bug, ...], tuple[Control, ...]]:
+def chosen(patterns: Iterable[str] = ()) -> tuple[tuple[Bug, ...], tuple[Control, ...]]:
     """The entries whose name or cause matches one of the patterns; all of them where there is no pattern.
 
-    Raises `UsageError` where a pattern matches nothing.
+    In a name, `-` is read as `_`. Raises `UsageError` where a pattern matches nothing.
     """
-    names = [*(bug.name for bug in BUGS), *(control.name for control in CONTROLS)]
-    causes = sorted({bug.cause for bug in BUGS})
-    patterns = tuple(pattern.replace("-", "_") if pattern not in causes else pattern for pattern in patterns)
+    patterns = tuple(patterns)
+    entries: tuple[Bug | Control, ...] = (*BUGS, *CONTROLS)
     for pattern in patterns:
-        if not any(matches(known, pattern) for known in (*names, *causes)):
-            raise UsageError(f"zoo: {pattern!r} is no entry and no cause; {suggest(pattern, [*names, *causes])}")
-
-    def wanted(*known: str) -> bool:
-        return not patterns or any(matches(name, pattern) for name in known for pattern in patterns)
-
+        if not any(_fits(entry, pattern) for entry in entries):
+            known = {entry.name for entry in entries} | {bug.cause for bug in BUGS}
+            near = difflib.get_close_matches(pattern.lower(), sorted(known), n=3, cutoff=0.5)
+            meant = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UsageError(f"zoo: {pattern!r} is no entry and no cause; {meant}--list shows all of them")
     return (
-        tuple(bug for bug in BUGS if wanted(bug.name, bug.cause)),
-        tuple(control for control in CONTROLS if wanted(control.name)),
+        tuple(bug for bug in BUGS if not patterns or any(_fits(bug, pattern) for pattern in patterns)),
+        tuple(control for control in CONTROLS if not patterns or any(_fits(control, pattern) for pattern in patterns)),
+    )
+
+
+def _fits(entry: Bug | Control, pattern: str) -> bool:
+    return matches(entry.name, pattern.replace("-", "_")) or (
+        isinstance(entry, Bug) and matches(entry.cause, pattern.replace("_", "-"))
     )

@@ -44,7 +44,7 @@ def _resumed(reload: Callable[[Step], None], then: Callable[[Step], Tensor] = pl
     where="fc1.*",
     source="pytorch/pytorch #129206, PR #130760",
 )
-def fsdp_tp_shard_order(setting: Setting) -> Experiment:
+def fsdp_tp_shard_order_resumed(setting: Setting) -> Experiment:
     """Shards over both axes are put together in another order than they were cut in: rows are permuted."""
 
     def reload(step: Step) -> None:
