@@ -55,8 +55,8 @@ def test_only_the_logged_loss_is_wrong() -> None:
 
     first = found(replace(PICTURES, train_step=step), "dp_replicate=3", steps=1)
     assert (first.cause, first.stage) == ("unexplained", "loss")
-    assert "only what the step returns is not: it is 3 times the reference's" in first.evidence
-    assert "8 of 8 gradients are right" in first.evidence
+    assert "what the step returns is not: it is 3 times the reference's" in first.evidence
+    assert "8 of 8 gradients" in first.evidence
 
 
 def test_ragged_sums_are_right() -> None:

@@ -185,7 +185,8 @@ class _Equations:
             # The largest elements tell most, wherever they are.
             chosen = torch.cat([chosen, values.abs().topk(EQUATIONS // 4).indices])
             values, basis = values[chosen], basis[chosen]
-        if len(values) < basis.shape[1]:
+        # As many numbers as parts can be written so whatever they are.
+        if len(values) < 2 * basis.shape[1]:
             return None
         scale = basis.norm(dim=0)
         if not bool((scale > 0).all()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import inf
+from math import inf, isclose
 
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose import (
@@ -26,6 +26,7 @@ from shardproof.diagnose.at_once import at_once
 from shardproof.diagnose.case import Case, Diagnosis, Facts
 from shardproof.diagnose.finding import Finding, Hypothesis
 from shardproof.diagnose.sums import replicas_differ
+from shardproof.parallel.names import ROOT
 from shardproof.spec.stages import STAGES
 
 Family = Callable[[Case], Diagnosis | None]
@@ -62,6 +63,7 @@ FAMILIES: Mapping[str, tuple[Family, ...]] = {
         sums.over_data,
         precision.lost,
         attention.backward,
+        sums.by_module,
     ),
     "grad-norm": (repeat.differs_from_itself, optimizer.skipped, norm.clipped),
     "optimizer-state": (repeat.differs_from_itself, optimizer.skipped, precision.lost, optimizer.updated),
@@ -97,8 +99,14 @@ def first_divergence(comparisons: Sequence[Comparison]) -> Comparison | None:
         first = next((c for c in wrong if c.step == first.step and c.stage == "gradient"), first)
     losses = [c for c in wrong if (c.step, c.stage) == (first.step, "loss")]
     if first.stage == "loss" and all(c.part == "logged" for c in losses):
-        # What a step logs is no part of training: a wrong gradient says more.
-        first = next((c for c in wrong if c.step == first.step and c.stage == "gradient"), first)
+        # What a step logs is no part of training: a wrong gradient says more, unless it is wrong by the same factor.
+        gradient = next((c for c in wrong if c.step == first.step and c.stage == "gradient"), first)
+        alike = (
+            first.ratio is not None
+            and gradient.ratio is not None
+            and isclose(first.ratio, gradient.ratio, rel_tol=1e-5)
+        )
+        first = first if alike else gradient
     return first
 
 
@@ -117,9 +125,9 @@ def explain(case: Case) -> Finding:
     made = next((d for family in FAMILIES.get(first.stage, ()) if (d := _asked(family, case)) is not None), None)
     diagnosis = made or Diagnosis(
         cause=STAGE_CAUSES.get(first.stage, "unexplained"),
-        axis=replicas_differ(case),
+        axis=replicas_differ(case) if first.stage in STAGE_CAUSES else None,
         factor=first.ratio,
-        evidence=_apart(case) if first.stage in STAGE_CAUSES else "nothing that was tried explains it",
+        evidence=_apart(case) if first.stage in STAGE_CAUSES else _ruled_out(case),
         fix=FIXES.get(first.stage, FIXES["forward"]),
     )
     at = diagnosis.at or first
@@ -140,6 +148,15 @@ def explain(case: Case) -> Finding:
         polluted=polluted,
         tried=tuple(case.tried),
     )
+
+
+def _ruled_out(case: Case) -> str:
+    tried = [hypothesis.name for hypothesis in case.tried if not hypothesis.holds]
+    return f"ruled out: {'; '.join(dict.fromkeys(tried))}" if tried else "nothing that is known fits it"
+
+
+def _later(count: int) -> str:
+    return f"{count} later tensor{'s differ' if count > 1 else ' differs'} as well"
 
 
 def _apart(case: Case) -> str:
@@ -176,10 +193,11 @@ def _inherited(case: Case, later: Sequence[Comparison]) -> tuple[str, int]:
     if not later:
         return "", 0
     if case.first.stage != "forward":
-        return f"{len(later)} later tensors differ as well", len(later)
+        return _later(len(later)), len(later)
     found = origin.of_outputs(case)
-    others = [name for name in found.own if name != case.first.name]
-    said = f"{len(later)} later tensors differ as well"
+    # What holds the faulty module is as wrong as it is.
+    others = [n for n in found.own if n not in (case.first.name, ROOT) and not case.first.name.startswith(f"{n}.")]
+    said = _later(len(later))
     if found.inherited:
         said += (
             f"; of {len(found.inherited) + len(found.own)} modules that could be asked, {len(found.inherited)} give "

@@ -47,5 +47,7 @@ def axis_name(axes: Iterable[str], parallelism: Parallelism) -> str:
 
 def simple(factor: float, tolerance: float) -> float:
     """The simple fraction that `factor` is within `tolerance` (relative), or the factor as it was measured."""
+    if abs(factor) <= max(tolerance, 1e-9):
+        return 0.0
     near = float(Fraction(factor).limit_denominator(LARGEST_DIVISOR))
     return near if math.isclose(near, factor, rel_tol=max(tolerance, 1e-9)) else factor

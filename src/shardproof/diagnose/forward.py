@@ -256,10 +256,14 @@ def vectors(case: Case, shown: Sequence[Aligned]) -> Iterator[tuple[str, Tensor]
     """Parameters of the module that are one vector over its output's features."""
     if case.probe is None or not shown or shown[0].part.dim() < 1:
         return
-    features = shown[0].part.shape[-1]
+    shape = shown[0].part.shape
     for name, value in case.probe.parameters(case.first.name).items():
-        if tuple(value.shape) == (features,) and bool((value != 0).any()):
-            yield name, wide(value.cpu())
+        if value.dim() != 1 or not bool((value != 0).any()):
+            continue
+        # Features are the last dim, and channels of a convolution the second.
+        for dim in {len(shape) - 1, min(1, len(shape) - 1)}:
+            if len(value) == shape[dim]:
+                yield name, wide(value.cpu()).reshape([-1 if d == dim else 1 for d in range(len(shape))])
 
 
 def spread(vector: Tensor, one: Aligned) -> Tensor:
@@ -268,7 +272,7 @@ def spread(vector: Tensor, one: Aligned) -> Tensor:
 
 
 def _multiple(pairs: Sequence[tuple[Tensor, Tensor]], case: Case) -> float | None:
-    """k, where left = k x right everywhere and k is not zero; else None."""
+    """k, where left = k x right everywhere and k is not zero, simple where rounding leaves that open; else None."""
     if not pairs:
         return None
     left = torch.cat([one.reshape(-1) for one, _ in pairs])
@@ -278,5 +282,6 @@ def _multiple(pairs: Sequence[tuple[Tensor, Tensor]], case: Case) -> float | Non
         return None
     factor = float(left @ right) / square
     floor = case.first.floor
+    size = largest(right.abs())
     fits = largest((left - factor * right).abs()) <= 6 * floor * max(1.0, abs(factor))
-    return factor if fits and abs(factor) * largest(right.abs()) > 6 * floor else None
+    return simple(factor, 1e-6 + 6 * floor / size) if fits and abs(factor) * size > 6 * floor else None

@@ -29,12 +29,14 @@ def of_parameter(case: Case) -> Diagnosis | None:
     if not held or not want or want[0].numel() < 2:
         return _torn(case)
     whole = wide(want[0])
-    wrong = [share for share in held if largest((share.got - share.take(whole)).abs()) > 0]
-    swapped = _swapped(wrong, held, whole)
+    # Initial values owe the same bits; later ones carry the rounding of the steps before.
+    floor = 0.0 if case.first.stage == "initial-state" else case.first.floor
+    wrong = [share for share in held if largest((share.got - share.take(whole)).abs()) > 6 * floor]
+    swapped = _swapped(wrong, held, whole, floor)
     if swapped and case.fits("each wrong piece is another rank's", 0.0):
         said = "; ".join(f"rank {rank} holds the piece of rank {other}" for rank, other in list(swapped.items())[:4])
         return _permuted(case, f"{said}: right values on the wrong ranks", axis=_axis(swapped, case))
-    order = _rows(wrong, whole)
+    order = _rows(wrong, whole, floor)
     if order is not None and case.fits("the slices are right, in another order", 0.0):
         dim, index = order
         moved = [i for i, at in enumerate(index) if at != i][:6]
@@ -82,13 +84,14 @@ def _found_at(piece: Tensor, whole: Tensor) -> tuple[int, ...] | None:
     return None
 
 
-def _swapped(wrong: Sequence[Share], held: Sequence[Share], whole: Tensor) -> dict[int, int]:
+def _swapped(wrong: Sequence[Share], held: Sequence[Share], whole: Tensor, floor: float) -> dict[int, int]:
     """Rank -> the rank whose right piece it holds, for all wrong ranks; empty where one holds nobody's."""
     found: dict[int, int] = {}
     for share in wrong:
         for other in held:
             theirs = other.take(whole)
-            if other.place != share.place and theirs.shape == share.got.shape and torch.equal(theirs, share.got):
+            alike = other.place != share.place and theirs.shape == share.got.shape
+            if alike and largest((theirs - share.got).abs()) <= 6 * floor:
                 found[share.rank] = other.rank
                 break
         else:
@@ -96,14 +99,14 @@ def _swapped(wrong: Sequence[Share], held: Sequence[Share], whole: Tensor) -> di
     return found
 
 
-def _rows(wrong: Sequence[Share], whole: Tensor) -> tuple[int, list[int]] | None:
+def _rows(wrong: Sequence[Share], whole: Tensor, floor: float) -> tuple[int, list[int]] | None:
     """(dim, which slice of the whole stands where) for a rank that holds all of a tensor, its slices permuted."""
     for share in wrong:
         if share.got.numel() != whole.numel():
             continue
         got = share.got.reshape(whole.shape)
         for dim in range(whole.dim()):
-            order = slices([got], whole, dim, 0.0)
+            order = slices([got], whole, dim, floor)
             if order is not None and bool((order[0] != torch.arange(len(order[0]))).any()):
                 return dim, [int(i) for i in order[0]]
     return None

@@ -31,11 +31,26 @@ def clipped(case: Case) -> Diagnosis | None:
         said.append(rule)
     return Diagnosis(
         cause="grad-norm",
+        axis=_axis(per_rank, case),
         factor=case.first.ratio,
         evidence="; ".join(["gradients before clipping are right", *said]),
         fix="take the norm over all shards once: sum squares over the axes along which a gradient is cut, count what "
         "is replicated once, and clip every rank by that one norm",
     )
+
+
+def _axis(per_rank: dict[int, float], case: Case) -> str | None:
+    """The axes along which ranks clipped by different coefficients."""
+    parallelism = case.facts.parallelism
+    at = {rank: parallelism.coordinates(rank) for rank in per_rank}
+    axes = {
+        axis
+        for axis in AXES
+        for one in at
+        for two in at
+        if per_rank[one] != per_rank[two] and all((at[one][a] != at[two][a]) == (a == axis) for a in AXES)
+    }
+    return axis_name(axes, parallelism) or None
 
 
 def _coefficients(case: Case) -> dict[int, float]:

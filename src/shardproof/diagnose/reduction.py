@@ -15,7 +15,7 @@ from shardproof.compare.verdict import Comparison
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.coefficients import Fitted, fitted, mixed_pieces
 from shardproof.diagnose.factors import axes_of, axis_name
-from shardproof.diagnose.sums import DATA, not_reduced_fix
+from shardproof.diagnose.sums import COMBINATION, DATA, not_reduced_fix
 from shardproof.spec.parallelism import AXES
 
 TENSORS = 6
@@ -33,10 +33,11 @@ def combined(case: Case) -> Diagnosis | None:
             continue
         size = max((c.error / c.floor for c in wrong if c.floor > 0 and math.isfinite(c.error)), default=0.0)
         limit = max(MULTIPLE, RELATIVE * size)
-        if case.fits(f"a combination of {len(found.parts)} contributions", found.residual, limit=limit):
+        if case.fits(f"{COMBINATION} {len(found.parts)} contributions", found.residual, limit=limit):
             others = [c for c in case.wrong if c not in wrong][:TENSORS]
             elsewhere = (mixed(replace(case, first=other)) for other in others)
-            return next((d for d in elsewhere if d is not None), None) or _Pattern.of(case, found).diagnosis()
+            pattern = _Pattern.of(case, found)
+            return next((d for d in elsewhere if d is not None), None) or pattern.diagnosis() or pattern.as_it_is()
     return None
 
 
@@ -45,12 +46,27 @@ def mixed(case: Case) -> Diagnosis | None:
     found = mixed_pieces(case)
     if found is None:
         return None
+    sources = {rank: {other for other, c in columns if abs(c) > 1e-6} for rank, columns in found.items()}
+    if all(len(others) == 1 for others in sources.values()):
+        other = {rank: next(iter(others)) for rank, others in sources.items()}
+        places = {share.rank: share.place for share in case.shares(case.first)}
+        if all(places[rank] == places[held] for rank, held in other.items()):
+            return None
+        moved = [
+            f"rank {rank} holds that of rank {held}" for rank, held in other.items() if places[rank] != places[held]
+        ]
+        return Diagnosis(
+            cause="layout-permuted",
+            axis="tp" if case.facts.parallelism.tp > 1 else "dp",
+            evidence=f"of {case.first.name} {'; '.join(moved[:4])}: right gradients of other ranks' pieces",
+            fix="hand every rank the gradient of its own piece: cut and gather gradients in the order of the pieces",
+        )
+    if any(not others for others in sources.values()):
+        return None
     said = []
     for rank, columns in list(found.items())[:4]:
         others = sorted({other for other, c in columns if abs(c) > 1e-6})
         said.append(f"rank {rank} holds a mix of the pieces of ranks {', '.join(map(str, others))}")
-    if all(len({other for other, c in columns if abs(c) > 1e-6}) < 2 for columns in found.values()):
-        return None
     return Diagnosis(
         cause="wrong-group",
         axis="tp" if case.facts.parallelism.tp > 1 else "dp",
@@ -131,6 +147,19 @@ class _Pattern:
                 return self._some_ranks(axes[partly[0]] or (), sorted(behind))
             return self._partly(partly)
         return self._own_group(axes[partly[0]] or ())
+
+    def as_it_is(self) -> Diagnosis:
+        """The coefficients alone, where they follow no rule that has a name."""
+        said = []
+        for rank, table in list(self.tables.items())[:4]:
+            values = [0.0 if abs(float(v)) <= 1e-9 else float(v) for v in table.flatten() if not math.isnan(float(v))]
+            said.append(f"rank {rank}: {', '.join(f'{value:.4g}' for value in values[:8])}")
+        return Diagnosis(
+            cause="unexplained",
+            evidence=f"{self._whose()} are combinations of what the parts of the batch contribute, of which they hold, "
+            f"times the right share, by reader and micro-batch: {'; '.join(said)}",
+            fix="look at how each rank weights and reduces these gradients",
+        )
 
     # Every rank holds something of everybody.
 

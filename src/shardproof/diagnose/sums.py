@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from math import inf
 
 import torch
 from torch import Tensor
 
-from shardproof.compare.measure import largest
+from shardproof.compare.measure import largest, scale, wide
 from shardproof.compare.shares import Share
 from shardproof.compare.verdict import Comparison
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.factors import axis_name
+from shardproof.diagnose.origin import senders
 from shardproof.spec.parallelism import AXES, Parallelism
+
+COMBINATION = "a combination of"
+"""How the name of the hypothesis begins that gradients are made from contributions."""
 
 DATA = ("dp_replicate", "dp_shard")
 
@@ -25,6 +30,9 @@ def over_tp(case: Case) -> Diagnosis | None:
 
 def over_data(case: Case) -> Diagnosis | None:
     """The same along the data axes, and along data axes and `tp` together."""
+    if any(hypothesis.name.startswith(COMBINATION) for hypothesis in case.tried):
+        # The contributions could be told apart, and are not what the ranks hold: a mean that is right says no more.
+        return None
     axes = [axis for axis in AXES if getattr(case.facts.parallelism, axis) > 1]
     sets = [found for size in (1, 2, 3) for found in combinations(axes, size) if found != ("tp",)]
     return _over(case, sets)
@@ -70,6 +78,24 @@ def _reduced_elsewhere(groups: Sequence[Sequence[Share]], case: Case, axes: Sequ
                 f"times the reference's: it was summed over {other} instead of {name}",
                 fix=f"reduce this gradient over the process group of mesh['{name}'], not that of {other}",
             )
+    return None
+
+
+def by_module(case: Case) -> Diagnosis | None:
+    """A module sends back a part of its input's gradient on each tp rank; nobody sums them on this path."""
+    for name, got, want in senders(case):
+        exact = case.reference.tensors(case.first.key)[0].dtype == torch.float64
+        far = largest((got - wide(want)).abs()) if got.shape == want.shape else inf
+        if not far <= (1e-9 if exact else 1e-3) * scale(want):
+            continue
+        case.fits(f"the sum over tp of what {name} sends back is right", 0.0)
+        return Diagnosis(
+            cause="grad-not-summed",
+            axis="tp",
+            evidence=f"each rank of a tp group gets another gradient of {name}'s input, and their sum is what one "
+            "device makes of the run's own input and output gradient: nobody sums them on this path",
+            fix=f"sum the gradient of {name}'s input over tp (Megatron's f, or input_layouts of its parallel style)",
+        )
     return None
 
 
