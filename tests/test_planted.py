@@ -304,6 +304,7 @@ def swapping_step(step: sp.Step) -> Tensor:
 def test_gradients_swapped_between_tp_peers_are_found_though_they_tile_the_whole(strategy: str):
     first = found(replace(HAND, train_step=swapping_step), strategy)
     assert (first.stage, first.where, first.step) == ("gradient", "up.weight", 0)
+    assert (first.cause, first.axis) == ("layout-permuted", "tp")
     assert first.ranks == everyone(strategy)
 
 

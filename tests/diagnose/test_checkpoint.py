@@ -42,12 +42,14 @@ def test_words_permuted_between_two_steps_were_loaded_so() -> None:
     first = found(replace(TEXT, train_step=loaded(permuted)), "dp_replicate=2")
     assert (named(first), at(first)) == (("checkpoint", None), ("checkpoint", 0, "words.weight"))
     assert "step 1 began with another words.weight than step 0 left" in first.evidence
+    assert "along dim 0 are the reference's in another order: 0 holds 9, 1 holds 10, 2 holds 0" in first.evidence
 
 
 def test_other_weights_between_two_steps_were_loaded_and_within_a_step_were_not() -> None:
     """C24 beside C23."""
     between = found(replace(TEXT, train_step=loaded(other)), "dp_replicate=2")
     assert (named(between), at(between)) == (("checkpoint", None), ("checkpoint", 0, "words.weight"))
+    assert "another order" not in between.evidence
     within = found(replace(TEXT, train_step=loaded(other, after=True)), "dp_replicate=2")
     assert (named(within), at(within)) == (("optimizer", None), ("update", 0, "words.weight"))
 

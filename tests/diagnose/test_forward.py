@@ -31,7 +31,9 @@ def test_partial_outputs_that_are_not_summed_are_told_from_those_that_are_averag
     missing = gated(leave=same)
     assert (named(missing), at(missing), missing.factor) == (("forward-not-reduced", "tp"), DOWN, None)
     averaged = gated(leave=mean)
-    assert (named(averaged), at(averaged)) == (("forward-not-reduced", "tp"), DOWN)
+    assert (named(averaged), at(averaged), averaged.factor) == (("forward-not-reduced", "tp"), DOWN, 0.5)
+    assert "averaged over tp" in averaged.evidence
+    assert "nobody" not in averaged.evidence
     biased = gated(row=BiasedRow)
     assert (named(biased), at(biased), biased.factor) == (("bias-counted-k-times", "tp"), DOWN, 2.0)
     assert missing.ranks == averaged.ranks == biased.ranks == tuple(range(6))
@@ -46,8 +48,8 @@ class BiaslessRow(Row):
 
 def test_a_bias_that_nobody_adds_is_counted_no_times() -> None:
     first = gated(row=BiaslessRow)
-    assert (first.cause, at(first)) == ("bias-counted-k-times", DOWN)
-    assert first.factor == pytest.approx(0)
+    assert (named(first), at(first), first.factor) == (("bias-counted-k-times", "tp"), DOWN, 0.0)
+    assert "added 0 times instead of once" in first.evidence
 
 
 class ConstantRow(Row):
@@ -84,6 +86,7 @@ def test_a_recurrent_models_head_split_by_inputs_is_summed(leave: Any) -> None:
 
     first = found(replace(TEXT, parallelize=layout), "tp=2", steps=1)
     assert (named(first), at(first)) == (("forward-not-reduced", "tp"), ("forward", 0, "head"))
+    assert first.factor == (0.5 if leave is mean else None)
 
 
 class WordShare(nn.Module):
@@ -136,6 +139,56 @@ def test_a_convolution_split_by_input_channels_is_summed(leave: Any) -> None:
 
     first = found(replace(PICTURES, model=Unbiased, parallelize=layout), "tp=2", steps=1)
     assert (named(first), at(first)) == (("forward-not-reduced", "tp"), ("forward", 0, "mix"))
+
+
+class BiasedShare(nn.Module):
+    """Some of the input channels and the whole bias, on every rank before the sum."""
+
+    def __init__(self, whole: nn.Conv2d, group: Any) -> None:
+        super().__init__()
+        self.group, self.bias = group, nn.Parameter(whole.bias.detach().clone())
+        self.weight = nn.Parameter(own_slice(whole.weight.detach(), group, 1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, 4, 3, 3) -> (batch, 6, 2, 2)
+        own = own_slice(copy(x, self.group), self.group, 1)
+        return reduce(F.conv2d(own, self.weight, self.bias), self.group)
+
+
+def test_the_bias_of_a_convolution_lies_along_its_channels() -> None:
+    def layout(model: Any, mesh: Any, parallelism: sp.Parallelism) -> nn.Module:
+        model.mix = BiasedShare(model.mix, mesh["tp"].get_group())
+        return model
+
+    first = found(replace(PICTURES, parallelize=layout), "tp=2", steps=1)
+    assert (named(first), at(first)) == (("bias-counted-k-times", "tp"), ("forward", 0, "mix"))
+    assert first.factor == 2.0
+
+
+class Summing(nn.Module):
+    """A perceptron that sums what its split layer gives, outside of that layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(12, 8)
+        self.narrow = nn.Linear(8, 5)
+        self.leave = lambda x: x
+        drawn(self)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, length, 12) -> (batch, length, 5)
+        return self.leave(self.narrow(self.wide(x).tanh()))
+
+
+def test_a_bias_that_each_rank_adds_to_its_partial_sum_counts_k_times_after_a_sum_outside_the_module() -> None:
+    def layout(model: Any, mesh: Any, parallelism: sp.Parallelism) -> nn.Module:
+        group = mesh["tp"].get_group()
+        model.wide = Column(model.wide, group)
+        model.narrow.weight = nn.Parameter(own_slice(model.narrow.weight.detach(), group, 1).clone())
+        model.leave = lambda x: reduce(x, group)
+        return model
+
+    first = found(replace(GATED, model=Summing, parallelize=layout), "tp=2", steps=1)
+    assert (named(first), first.stage, first.factor) == (("bias-counted-k-times", "tp"), "forward", 2.0)
+    assert "narrow.bias" in first.evidence
 
 
 class Branches(nn.Module):

@@ -14,7 +14,23 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 import shardproof as sp
-from diagnose.models import BATCH, GATED, HIDDEN, POINTS, TEXT, WIDTH, at, drawn, found, named, passes, split, squares
+from diagnose.models import (
+    BATCH,
+    GATED,
+    HIDDEN,
+    POINTS,
+    TEXT,
+    WIDTH,
+    at,
+    drawn,
+    edited,
+    found,
+    gradient,
+    named,
+    passes,
+    split,
+    squares,
+)
 from shardproof.zoo.fixtures.megatron import Column, Row, replicated
 
 
@@ -120,3 +136,17 @@ def test_two_ranks_that_hold_the_same_slice_are_permuted() -> None:
 
     first = found(replace(GATED, parallelize=layout), "tp=2", steps=1)
     assert (named(first), at(first)) == (("layout-permuted", "tp"), ("initial-state", -1, "up.weight"))
+
+
+def exchanged(step: sp.Step) -> None:
+    """Both ranks of a tensor-parallel group take each other's gradient."""
+    grad, group = gradient(step, "up.weight"), step.mesh["tp"].get_group()
+    both = [torch.empty_like(grad) for _ in range(2)]
+    dist.all_gather(both, grad, group=group)
+    grad.copy_(both[1 - step.mesh["tp"].get_local_rank()])
+
+
+def test_gradients_exchanged_between_tp_ranks_are_right_ones_of_other_ranks_pieces() -> None:
+    first = found(replace(GATED, train_step=edited(exchanged)), "tp=2", steps=1)
+    assert (named(first), at(first)) == (("layout-permuted", "tp"), ("gradient", 0, "up.weight"))
+    assert "rank 0 holds that of rank 1; rank 1 holds that of rank 0" in first.evidence

@@ -58,14 +58,18 @@ def test_the_norm_over_slices_counts_what_is_whole_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
-    [(whole_k_times, "the norm is that of what is whole counted 2 times"), (own_alone, "each by a norm of its own")],
+    ("edit", "axes", "said"),
+    [
+        (whole_k_times, (None, "tp"), "the norm is that of what is whole counted 2 times"),
+        (own_alone, ("tp",), "each by a norm of its own"),
+    ],
 )
 def test_a_norm_that_counts_otherwise_is_found_after_right_gradients(
-    edit: Callable[[sp.Step], None], said: str
+    edit: Callable[[sp.Step], None], axes: tuple[str | None, ...], said: str
 ) -> None:
     first = found(replace(CLIPPED, train_step=edited(edit)), "tp=2", steps=1)
     assert (first.cause, first.stage) == ("grad-norm", "grad-norm")
+    assert first.axis in axes
     assert said in first.evidence
     assert first.ranks == (0, 1)
 
@@ -90,5 +94,5 @@ def test_the_norm_of_the_own_shard_clips_each_rank_by_a_number_of_its_own() -> N
     first = found(
         replace(PICTURES, parallelize=layout, max_grad_norm=0.05, train_step=edited(own)), "dp_shard=2", steps=1
     )
-    assert (first.cause, first.stage) == ("grad-norm", "grad-norm")
+    assert (named(first), first.stage) == (("grad-norm", "dp_shard"), "grad-norm")
     assert "ranks clipped by different coefficients" in first.evidence

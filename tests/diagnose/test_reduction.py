@@ -144,3 +144,15 @@ def test_one_rank_left_out_of_the_reduction_is_in_the_wrong_group() -> None:
     layout = partial(in_groups, groups=[[0, 1], [2]])
     first = found(replace(PICTURES, parallelize=layout), "dp_replicate=3", steps=1)
     assert (first.cause, first.stage) == ("wrong-group", "gradient")
+
+
+def last_twice(step: sp.Step) -> Tensor:
+    """The last micro-batch is run twice, and what is returned shows it as well."""
+    step.microbatches.append(step.microbatches[-1])
+    return plain_step(step, divide=lambda count: count - 1.0)
+
+
+def test_a_logged_loss_with_the_same_fault_does_not_hide_a_micro_batch_that_counts_twice() -> None:
+    first = found(replace(PICTURES, microbatches=2, train_step=last_twice), "dp_replicate=3", steps=1)
+    assert (named(first), at(first)) == (("microbatch-misweighted", "micro-batch"), ("gradient", 0, "head.bias"))
+    assert "count micro-batches 1, 2 times their right share" in first.evidence

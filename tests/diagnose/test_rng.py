@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import shardproof as sp
-from diagnose.models import TEXT, WORDS, at, drawn, found, named
+from diagnose.models import PICTURES, TEXT, WORDS, Pictures, at, drawn, found, named
 from shardproof.zoo.fixtures.steps import plain_step
 
 
@@ -63,3 +64,17 @@ def test_a_dropout_that_is_off_under_one_layout_is_no_matter_of_seeds() -> None:
 
     first = found(replace(DROPPED, train_step=awake), "tp=2", steps=1)
     assert (named(first), at(first)) == (("unexplained", None), ("forward", 0, "drop"))
+
+
+class Jittered(Pictures):
+    """Adds noise where there is more than one rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out + torch.randn_like(out) if dist.is_initialized() and dist.get_world_size() > 1 else out
+
+
+def test_a_layout_that_alone_draws_random_numbers_is_a_matter_of_them() -> None:
+    first = found(replace(PICTURES, model=Jittered), "dp_replicate=2", steps=1)
+    assert (first.cause, first.stage, first.step) == ("rng", "forward", 0)
+    assert "none on one device" in first.evidence

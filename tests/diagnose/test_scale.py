@@ -8,10 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import shardproof as sp
-from diagnose.models import GATED, PICTURES, TEXT, at, classes, edited, found, gradient, named, same, split
+from diagnose.models import (
+    GATED,
+    PICTURES,
+    TEXT,
+    Pictures,
+    at,
+    classes,
+    edited,
+    found,
+    gradient,
+    named,
+    same,
+    split,
+)
 from shardproof.zoo.fixtures.megatron import copy
 from shardproof.zoo.fixtures.steps import plain_step
 
@@ -121,6 +136,27 @@ def test_an_addend_of_the_loss_that_counts_more_is_told_from_a_whole_loss_that_d
     assert (named(first), at(first)) == (("grad-scale-subset", "dp_replicate"), ("gradient", 0, "head.bias"))
     assert first.factor == pytest.approx(3)
     assert "addend 2 of 2 counts 3 times" in first.evidence
+
+
+class Routed(Pictures):
+    """Gives an auxiliary loss beside its output, as routers do."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.mix(self.norm(self.conv(x)).tanh()).tanh()
+        return self.head(hidden.flatten(1)), hidden.square().mean()
+
+
+def with_auxiliary(model: nn.Module, batch: Any) -> Tensor:
+    """The auxiliary loss counts once on one device, and once for every rank on several."""
+    logits, auxiliary = model(batch[0])
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return F.cross_entropy(logits, batch[1]) + 0.1 * ranks * auxiliary
+
+
+def test_an_auxiliary_loss_that_counts_once_for_every_data_rank_is_a_subset() -> None:
+    first = found(replace(PICTURES, model=Routed, loss=with_auxiliary), "dp_replicate=3", steps=1)
+    assert named(first) == ("grad-scale-subset", "dp_replicate")
+    assert first.factor == pytest.approx(3)
 
 
 def test_gradients_that_are_scaled_before_clipping_are_no_fault_of_the_norm() -> None:

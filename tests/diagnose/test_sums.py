@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import shardproof as sp
-from diagnose.models import GATED, PICTURES, TEXT, all_tokens, at, bare, edited, found, named
+from diagnose.models import GATED, PICTURES, TEXT, all_tokens, at, bare, edited, found, named, same, split
 
 
 def past_the_wrapper(model: Any, batch: Any) -> Any:
@@ -70,3 +71,34 @@ def test_a_layer_outside_the_wrapper_is_not_reduced_and_the_others_are() -> None
     first = found(replace(GATED, parallelize=layout), "dp_shard=3", steps=1)
     assert (named(first), at(first)) == (("grad-not-reduced", "dp_shard"), ("gradient", 0, "norm2.weight"))
     assert "1 of" in first.evidence
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "sender", "norm"), [("v", "attn.v", "norm1"), ("qk", "attn.k", "norm1"), (["gate"], "gate", "norm2")]
+)
+def test_one_path_among_several_that_nobody_sums_over_tp_is_named_by_its_layer(
+    forgotten: Any, sender: str, norm: str
+) -> None:
+    """The others are summed: the sum of the copies is no right gradient either."""
+    layout = partial(split, enter=dict.fromkeys(forgotten, same))
+    first = found(replace(GATED, parallelize=layout), "tp=2", steps=1)
+    assert (named(first), at(first)) == (("grad-not-summed", "tp"), ("gradient", 0, f"{norm}.weight"))
+    assert f"another gradient of {sender}'s input" in first.evidence
+    assert first.ranks == (0, 1)
+
+
+def to_rank_0(step: sp.Step) -> None:
+    """As all_reduce would, but the sum arrives at one rank."""
+    for parameter in step.model.parameters():
+        own = parameter.grad.clone()
+        dist.reduce(own, 0)
+        if step.mesh.get_rank() == 0:
+            parameter.grad = own / step.parallelism.dp
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_reduction_to_one_rank_alone_names_the_ranks_that_lack_it(microbatches: int) -> None:
+    experiment = replace(PICTURES, parallelize=bare, microbatches=microbatches, train_step=edited(to_rank_0))
+    first = found(experiment, "dp_replicate=3", steps=1)
+    assert (named(first), first.stage) == (("grad-not-reduced", "dp_replicate"), "gradient")
+    assert first.ranks == (1, 2)

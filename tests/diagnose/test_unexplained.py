@@ -7,9 +7,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import shardproof as sp
-from diagnose.models import GATED, PICTURES, TEXT, at, edited, found, gradient, named, numbers
+from diagnose.models import (
+    GATED,
+    PICTURES,
+    SAMPLES,
+    TEXT,
+    WIDTH,
+    Gated,
+    at,
+    bare,
+    classes,
+    drawn,
+    edited,
+    found,
+    gradient,
+    named,
+    numbers,
+)
 from shardproof.zoo.fixtures.megatron import replicated
 
 
@@ -48,6 +68,12 @@ def upside_down(step: sp.Step) -> None:
     grad.copy_(grad.transpose(2, 3).clone())
 
 
+def opposite_noise(step: sp.Step) -> None:
+    """Its mean over the ranks is zero, so that the mean of the gradients is right."""
+    grad = gradient(step, "conv.weight")
+    grad += (1 - 2 * step.mesh.get_rank()) * numbers(*grad.shape, seed=3)
+
+
 def normed(step: sp.Step) -> None:
     """A step for each sign, as some optimizers take, taken by the gradient."""
     gradient(step, "conv.weight").sign_()
@@ -60,6 +86,7 @@ def normed(step: sp.Step) -> None:
         little_noise,
         noise_of_its_own,
         noise_on_one_rank,
+        opposite_noise,
         weight_decay,
         one_sign,
         upside_down,
@@ -100,3 +127,71 @@ def test_a_gradient_lost_on_one_of_two_paths_is_unexplained() -> None:
 
     first = found(replace(GATED, parallelize=layout), "dp_replicate=2", steps=1)
     assert (named(first), at(first)) == (("unexplained", None), ("gradient", 0, "norm2.weight"))
+
+
+class TwoOutputs(Gated):
+    """A head of two features and a temperature: gradients of few elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.temperature = nn.Linear(WIDTH, 2), nn.Parameter(torch.tensor([1.3]))
+        nn.init.normal_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, length, WIDTH) -> (batch, length, 2)
+        return super().forward(x) * self.temperature
+
+
+TWO = replace(GATED, model=TwoOutputs, data=TensorDataset(numbers(SAMPLES, 4, WIDTH), numbers(SAMPLES, 4, 2, seed=1)))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name"),
+    [
+        (replace(TWO, microbatches=2), "head.bias"),
+        (replace(GATED, batch_size=15, microbatches=5), "head.bias"),
+        (TWO, "temperature"),
+    ],
+    ids=["2 elements of 2 micro-batches", "5 elements of 5 micro-batches", "1 element"],
+)
+def test_noise_on_as_few_elements_as_a_fit_has_unknowns_is_unexplained(experiment: sp.Experiment, name: str) -> None:
+    def noisy(step: sp.Step) -> None:
+        gradient(step, name).add_(numbers(*gradient(step, name).shape, seed=7))
+
+    first = found(replace(experiment, train_step=edited(noisy)), "tp=2", steps=1)
+    assert (named(first), at(first)) == (("unexplained", None), ("gradient", 0, name))
+
+
+def test_a_fit_that_holds_and_has_no_name_gives_its_coefficients() -> None:
+    def doubled_on_one(step: sp.Step) -> None:
+        for parameter in step.model.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= 3
+            if step.mesh.get_rank() == 2:
+                parameter.grad *= 2
+
+    experiment = replace(PICTURES, parallelize=bare, train_step=edited(doubled_on_one))
+    first = found(experiment, "dp_replicate=3", steps=1)
+    assert (named(first), at(first)) == (("unexplained", None), ("gradient", 0, "head.bias"))
+    assert first.ranks == (2,)
+    assert "rank 0: 1, 1, 1; rank 1: 1, 1, 1; rank 2: 2, 2, 2" in first.evidence
+
+
+class Normalised(nn.Module):
+    """A convolution and a norm over the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 5)
+        drawn(self)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, 2, 5, 5) -> (batch, 5)
+        return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_a_batch_norm_over_the_own_part_is_unexplained_and_says_what_it_normalises_over() -> None:
+    first = found(replace(PICTURES, model=Normalised, loss=classes), "dp_replicate=3", steps=1)
+    assert (first.cause, at(first)) == ("unexplained", ("forward", 0, "norm"))
+    assert "norm normalises over the samples of a batch, and each rank and micro-batch has a part" in first.evidence
+    assert "SyncBatchNorm" in first.fix

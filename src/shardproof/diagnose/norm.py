@@ -26,6 +26,14 @@ def clipped(case: Case) -> Diagnosis | None:
         )
     else:
         said.append(f"all ranks clipped by {next(iter(per_rank.values())):.6g} times the right coefficient")
+    seen = any(
+        (c.step, c.stage) == (case.first.step, "gradient") and c.verdict in (Verdict.EQUAL, Verdict.ROUNDING)
+        for c in case.comparisons
+    )
+    if not seen and not per_rank:
+        # What was clipped may have been wrong before, and nobody saw it.
+        return None
+    before = "gradients before clipping are right" if seen else "gradients before clipping were not seen in this step"
     rule = _counted(case, per_rank)
     if rule:
         said.append(rule)
@@ -33,7 +41,7 @@ def clipped(case: Case) -> Diagnosis | None:
         cause="grad-norm",
         axis=_axis(per_rank, case),
         factor=case.first.ratio,
-        evidence="; ".join(["gradients before clipping are right", *said]),
+        evidence="; ".join([before, *said]),
         fix="take the norm over all shards once: sum squares over the axes along which a gradient is cut, count what "
         "is replicated once, and clip every rank by that one norm",
     )
