@@ -16,7 +16,7 @@ MULTIPLE = 6.0
 """Noise floors beyond which a tensor is different.
 
 Right code drawn at random lies at most 2.3 floors from the reference, 3.3 in bfloat16; the smallest bug, a norm
-gradient that lacks half of its sum in bfloat16, lies 6.6 floors away or more (docs/noise-floor.md).
+gradient that lacks half of its sum in bfloat16, lies 6.2 floors away or more (docs/noise-floor.md).
 """
 
 CLEAR = 2.0
