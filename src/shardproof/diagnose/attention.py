@@ -8,7 +8,7 @@ from shardproof.compare.activations import aligned, best_fit
 from shardproof.compare.measure import largest, wide
 from shardproof.compare.verdict import Verdict
 from shardproof.diagnose.case import Case, Diagnosis
-from shardproof.diagnose.origin import fed, follows, senders
+from shardproof.diagnose.origin import around, fed, follows, senders
 from shardproof.parallel.names import ROOT
 
 POSITIONS_FIX = (
@@ -50,7 +50,7 @@ def _restarted(case: Case) -> Diagnosis | None:
     probe, tp = case.probe, case.facts.parallelism.tp
     if probe is None:
         return None
-    for name in _around(case.first.name):
+    for name in around(case.first.name):
         shown = fed(name, case)
         if not shown:
             continue
@@ -90,15 +90,6 @@ class _RestartedPositions(torch.overrides.TorchFunctionMode):
         return made
 
 
-def _around(name: str) -> list[str]:
-    """The module and those that hold it, from the inside out."""
-    names = [name]
-    while "." in name:
-        name = name.rpartition(".")[0]
-        names.append(name)
-    return names if names[-1] == ROOT else [*names, ROOT]
-
-
 def _attends(name: str, case: Case) -> bool:
     shown = fed(name, case)
     return case.probe is not None and bool(shown) and case.probe.computes_attention(name, shown[0][1])
@@ -112,7 +103,7 @@ def forward(case: Case) -> Diagnosis | None:
     if follows(case.first, case) is False and not _attends(case.first.name, case):
         # Fed its own input it gives another output, and computes no attention: the fault is its own.
         return None
-    for name in _around(case.first.name)[:2]:
+    for name in around(case.first.name)[:2]:
         shown = fed(name, case)
         if name == ROOT or not shown or not probe.computes_attention(name, shown[0][1]):
             continue

@@ -83,15 +83,11 @@ def bias(case: Case) -> Diagnosis | None:
         added = _multiple([(a.got - a.want, a.take(spread(vector, a))) for a in shown], case)
         if added is None:
             continue
-        times = simple(added + 1, 1e-6)
-        tp = case.facts.parallelism.tp
-        case.fits(f"{name} added {times:.6g} times", 0.0)
-        return Diagnosis(
-            cause="bias-counted-k-times",
-            axis="tp" if tp > 1 and times in (0.0, tp, 1 / tp) else None,
-            factor=times,
-            evidence=f"the output of {case.first.name} is off by {added:.6g} x {name}, the same for every token: it "
-            f"was added {times:.6g} times instead of once",
+        return _counted(
+            case,
+            added,
+            name,
+            evidence=f"the output of {case.first.name} is off by {added:.6g} x {name}, the same for every token: it",
             fix="add the bias once, after the outputs are summed over tp (or on one rank of the group alone)",
         )
     return None
@@ -117,18 +113,28 @@ def branch(case: Case) -> Diagnosis | None:
         added = _multiple(pairs, case) if len(pairs) == len(shown) else None
         if added is None:
             continue
-        times = simple(added + 1, 1e-6)
-        tp = case.facts.parallelism.tp
-        case.fits(f"what {key[2]} gives added {times:.6g} times", 0.0)
-        return Diagnosis(
-            cause="bias-counted-k-times",
-            axis="tp" if tp > 1 and times in (0.0, tp, 1 / tp) else None,
-            factor=times,
+        return _counted(
+            case,
+            added,
+            f"what {key[2]} gives",
             evidence=f"the output of {case.first.name} is off by {added:.6g} times what {key[2]} gives: that is whole "
-            f"on every rank, and was added {times:.6g} times instead of once",
+            "on every rank, and",
             fix="add what is whole on every rank after partial outputs are summed over tp, or divide it by tp before",
         )
     return None
+
+
+def _counted(case: Case, added: float, what: str, *, evidence: str, fix: str) -> Diagnosis:
+    """The diagnosis where `added` times too much of something whole is in the output."""
+    times, tp = simple(added + 1, 1e-6), case.facts.parallelism.tp
+    case.fits(f"{what} added {times:.6g} times", 0.0)
+    return Diagnosis(
+        cause="bias-counted-k-times",
+        axis="tp" if tp > 1 and times in (0.0, tp, 1 / tp) else None,
+        factor=times,
+        evidence=f"{evidence} was added {times:.6g} times instead of once",
+        fix=fix,
+    )
 
 
 def wrong_group(case: Case) -> Diagnosis | None:

@@ -14,8 +14,7 @@ from shardproof.compare.shares import Share
 from shardproof.compare.verdict import Verdict
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.factors import axis_name
-from shardproof.diagnose.origin import fed
-from shardproof.parallel.names import ROOT
+from shardproof.diagnose.origin import around, fed
 from shardproof.spec.parallelism import AXES
 
 BLOCKS = (3, 2, 1, 4, 6)
@@ -170,7 +169,7 @@ def fused(case: Case) -> Diagnosis | None:
     probe, tp = case.probe, case.facts.parallelism.tp
     if probe is None or tp == 1:
         return None
-    for parent in _around(case.first.name):
+    for parent in around(case.first.name):
         shown = fed(parent, case)
         own = probe.parameters(parent)
         orders = {name: order for name in own if name.endswith("weight") and (order := _rows_held(name, case))}
@@ -193,13 +192,6 @@ def fused(case: Case) -> Diagnosis | None:
                         "slice of each",
                     )
     return None
-
-
-def _around(name: str) -> list[str]:
-    names = [name]
-    while "." in names[-1]:
-        names.append(names[-1].rpartition(".")[0])
-    return [n for n in names if n != ROOT] + [ROOT]
 
 
 def _rows_held(name: str, case: Case) -> list[Tensor]:

@@ -14,6 +14,7 @@ from shardproof.compare.measure import scale, wide
 from shardproof.compare.nested import put
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose.case import Case
+from shardproof.parallel.names import ROOT
 
 Fed = tuple[Cell, Tensor, int]
 """What the peers of a data rank showed as output, their input put together, and which call that was."""
@@ -45,6 +46,14 @@ def _like(cell: Cell, case: Case, key: tuple[int, str, str, str]) -> int:
     """Tokens (or whatever dim 1 counts) that a whole output of the cell's part of the batch has; 0 if unknown."""
     whole = case.reference.tensors(key)
     return whole[cell.call].shape[1] if cell.call < len(whole) and whole[cell.call].dim() > 2 else 0
+
+
+def around(name: str) -> list[str]:
+    """The module and those that hold it, from the inside out; last the model itself."""
+    names = [name]
+    while "." in names[-1]:
+        names.append(names[-1].rpartition(".")[0])
+    return names if names[-1] == ROOT else [*names, ROOT]
 
 
 def together(cell: Cell, length: int) -> Tensor | None:

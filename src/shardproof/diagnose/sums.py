@@ -9,7 +9,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from shardproof.compare.measure import largest, scale, wide
+from shardproof.compare.measure import largest, scale, wide, within
 from shardproof.compare.shares import Share
 from shardproof.compare.verdict import Comparison
 from shardproof.diagnose.case import Case, Diagnosis
@@ -148,7 +148,7 @@ def _like_it(case: Case, axes: Sequence[str], *, mean: bool = False) -> list[Com
         want = case.reference.tensors(other.key)
         if groups and want:
             far = max(_far(group, group[0].take(want[0]), mean=mean) for group in groups)
-            if far <= 6 * other.floor * len(groups[0]):
+            if within(far, other.floor * len(groups[0])):
                 found.append(other)
     return found
 
