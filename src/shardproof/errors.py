@@ -4,7 +4,8 @@
     ├── UsageError              wrong use or a broken experiment; exit code 2
     │   ├── ExperimentError     the experiment cannot be loaded, built or trained on one device
     │   │   └── PatternError    a name pattern of the experiment matches nothing
-    │   └── StrategyError       a strategy that does not fit the ranks, the data or the model
+    │   ├── StrategyError       a strategy that does not fit the ranks, the data or the model
+    │   └── CheckpointError     a checkpoint that is missing, damaged, of another model, or cannot be written
     ├── RankError               a rank did not come back; exit code 3
     │   ├── RankFailed          user code raised on a rank
     │   ├── RankDied            the process of a rank ended (a signal, os._exit, out of memory)
@@ -41,6 +42,10 @@ class PatternError(ExperimentError):
 
 class StrategyError(UsageError):
     """A strategy that does not fit the number of ranks, the batch or the model."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that is missing, damaged, unreadable or of another model, or that could not be written."""
 
 
 class RankError(ShardproofError):

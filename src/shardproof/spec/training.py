@@ -1,0 +1,176 @@
+"""How an experiment is trained for real: for how long, how precisely, and what is evaluated, saved and logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+
+from shardproof.errors import UsageError
+from shardproof.spec.duration import Duration, parse_duration
+from shardproof.spec.strategies import suggest
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from shardproof.trainer.callback import Callback
+    from shardproof.trainer.logger import Logger
+
+Precision: TypeAlias = Literal["fp64", "fp32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("fp64", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Everything about a training run that is neither the experiment nor its layout.
+
+    Raises `UsageError` at once for values that no run could use.
+    """
+
+    max_duration: str | Duration = "1ep"
+    """When to stop, counted from the first step of all, not from a resumption: `2ep`, `500ba`, `100000sp`, `1h`."""
+
+    eval_data: Any = None
+    """A map-style dataset, or a function that returns one, to evaluate on; None for no evaluation."""
+
+    eval_interval: str | Duration = "1ep"
+    """How often to evaluate. The end of training is always evaluated."""
+
+    eval_batch_size: int | None = None
+    """Samples per evaluation batch, over all ranks; the experiment's `batch_size` where None."""
+
+    metrics: Any = None
+    """What to measure on `eval_data` beside the loss: a torchmetrics Metric, {name: Metric}, or `sp.Metrics`."""
+
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    """Makes the learning rate scheduler, which is stepped after every optimizer step."""
+
+    precision: Precision = "fp32"
+    """`fp32`, `fp64`, or autocast to `bf16` or `fp16` over float32 weights; `fp16` scales the loss by itself."""
+
+    callbacks: Sequence[Callback] = ()
+    """Called at the events of `sp.Callback`, on every rank, in this order."""
+
+    loggers: Sequence[Logger] = ()
+    """Where values go, from rank 0 alone."""
+
+    save_folder: str | Path | None = None
+    """Where checkpoints go, one folder each, `step-00000500`; None for no checkpoints."""
+
+    save_interval: str | Duration = "1ep"
+    """How often to save. The end of training is always saved."""
+
+    keep: int | None = 3
+    """How many of the newest checkpoints stay; None for all of them."""
+
+    save_async: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy in memory."""
+
+    load_path: str | Path | None = None
+    """What to start from: a checkpoint, a folder of checkpoints (the newest is taken), a `.safetensors` file (weights
+    alone), or `auto`: the newest in `save_folder` where there is one."""
+
+    seed: int | None = None
+    """In place of the experiment's seed."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    compile: bool = False
+    """Whether to `torch.compile` each FSDP unit, or the whole model where the experiment names none."""
+
+    activation_checkpointing: bool | tuple[str, ...] = False
+    """Modules whose activations are computed again in the backward pass: name patterns, or True for `fsdp_units`."""
+
+    progress_bar: bool = True
+    """Drawn by rank 0, and only on a terminal."""
+
+    shuffle: bool = True
+    """Whether each epoch reads the samples in an order of its own, drawn from the seed. Not for streams."""
+
+    workers: int = 0
+    """Processes per rank that read samples ahead; 0 reads them in the training process."""
+
+    check_every: int | None = None
+    """Every so many steps, hold replicas against each other (`sp.check_invariants`)."""
+
+    check_action: Literal["stop", "warn"] = "stop"
+    """What a violation does: raise `InvariantError`, or warn and train on."""
+
+    init_device: Literal["cpu", "meta"] = "cpu"
+    """`meta` builds the model without storage and then initialises each rank's shards alone, to the same values."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_duration", "eval_interval", "save_interval"):
+            object.__setattr__(self, name, parse_duration(getattr(self, name), field=name))
+        self._one_of("precision", PRECISIONS)
+        self._one_of("device", ("cpu", "cuda"))
+        self._one_of("check_action", ("stop", "warn"))
+        self._one_of("init_device", ("cpu", "meta"))
+        self._whole("eval_batch_size", 1)
+        self._whole("keep", 1)
+        self._whole("seed", 0)
+        self._whole("check_every", 1)
+        self._whole("workers", 0)
+        if self.scheduler is not None and not callable(self.scheduler):
+            raise UsageError(
+                f"scheduler={self.scheduler!r} cannot be called; pass a function of the optimizer, as "
+                "lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
+            )
+        for name in ("callbacks", "loggers"):
+            value = getattr(self, name)
+            if not isinstance(value, Sequence):
+                object.__setattr__(self, name, (value,))
+        if self.metrics is not None and self.eval_data is None:
+            raise UsageError("metrics are measured on eval_data, and there is none; give eval_data as well")
+        if self.load_path == "auto" and self.save_folder is None:
+            raise UsageError("load_path='auto' takes the newest checkpoint of save_folder; give save_folder as well")
+
+    def _one_of(self, name: str, allowed: Sequence[str]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise UsageError(f"{name}={value!r}; {suggest(str(value), allowed)}")
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise UsageError(f"{name}={value!r}; it must be a whole number of at least {least}")
+
+
+class Changes(TypedDict, total=False):
+    """The fields of `Training`, each of them optional: keyword arguments of `Trainer`."""
+
+    max_duration: str | Duration
+    eval_data: Any
+    eval_interval: str | Duration
+    eval_batch_size: int | None
+    metrics: Any
+    scheduler: Callable[[Optimizer], LRScheduler] | None
+    precision: Precision
+    callbacks: Sequence[Callback]
+    loggers: Sequence[Logger]
+    save_folder: str | Path | None
+    save_interval: str | Duration
+    keep: int | None
+    save_async: bool
+    load_path: str | Path | None
+    seed: int | None
+    device: Literal["cpu", "cuda"]
+    compile: bool
+    activation_checkpointing: bool | tuple[str, ...]
+    progress_bar: bool
+    shuffle: bool
+    workers: int
+    check_every: int | None
+    check_action: Literal["stop", "warn"]
+    init_device: Literal["cpu", "meta"]
+
+
+def changed(training: Training, changes: Changes) -> Training:
+    """`training` with some fields replaced. Raises `UsageError` for a field that does not exist."""
+    names = [field.name for field in fields(Training)]
+    for name in changes:
+        if name not in names:
+            raise UsageError(f"Trainer takes no {name!r}; {suggest(name, names)}")
+    return replace(training, **changes)
