@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel.fsdp import DTensorExtensions
 
 
-def flat(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh) -> nn.Module:
+def flat(
+    model: nn.Module, units: list[nn.Module], mesh: DeviceMesh, mixed_precision: MixedPrecision | None = None
+) -> nn.Module:
     """Wrap `units` and then `model` over the `dp_shard` axis of `mesh`."""
     chosen = {id(unit) for unit in units}
     with _ties_kept(model):
@@ -27,6 +29,7 @@ def flat(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh) -> nn.Modul
             device_id=torch.cuda.current_device() if mesh.device_type == "cuda" else torch.device("cpu"),
             # Keeps the user's own parameters, so that param groups and frozen parameters keep their meaning.
             use_orig_params=True,
+            mixed_precision=mixed_precision,
         )
 
 

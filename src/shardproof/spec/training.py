@@ -50,6 +50,10 @@ class Training:
     precision: Precision = "fp32"
     """`fp32`, `fp64`, or autocast to `bf16` or `fp16` over float32 weights; `fp16` scales the loss by itself."""
 
+    gather_precision: Literal["bf16", "fp16"] | None = None
+    """What FSDP casts parameters to before it gathers them. Halves its traffic, and rounds parameters that autocast
+    would have left alone (norms, embeddings), so that FSDP no longer computes the very same as other layouts."""
+
     callbacks: Sequence[Callback] = ()
     """Called at the events of `sp.Callback`, on every rank, in this order."""
 
@@ -105,6 +109,8 @@ class Training:
         for name in ("max_duration", "eval_interval", "save_interval"):
             object.__setattr__(self, name, parse_duration(getattr(self, name), field=name))
         self._one_of("precision", PRECISIONS)
+        if self.gather_precision is not None:
+            self._one_of("gather_precision", ("bf16", "fp16"))
         self._one_of("device", ("cpu", "cuda"))
         self._one_of("check_action", ("stop", "warn"))
         self._one_of("init_device", ("cpu", "meta"))
@@ -148,6 +154,7 @@ class Changes(TypedDict, total=False):
     metrics: Any
     scheduler: Callable[[Optimizer], LRScheduler] | None
     precision: Precision
+    gather_precision: Literal["bf16", "fp16"] | None
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     save_folder: str | Path | None

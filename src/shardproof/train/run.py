@@ -21,22 +21,19 @@ from shardproof.parallel import initial, mesh
 from shardproof.parallel.collectives import CountCollectives
 from shardproof.parallel.data import GlobalBatches, Microbatch, cast, dataset_of
 from shardproof.parallel.held import Held, held_parameters, ties
-from shardproof.parallel.layout import lay_out
-from shardproof.parallel.names import canonical_buffers
 from shardproof.parallel.piece import Piece
 from shardproof.parallel.seeding import seed_everything
 from shardproof.spec.experiment import Experiment
 from shardproof.spec.parallelism import Parallelism
-from shardproof.spec.patterns import select
 from shardproof.trace.leaves import leaves
 from shardproof.trace.reads import digests
 from shardproof.trace.recorder import Recorder
+from shardproof.train.arrange import arrange
 from shardproof.train.disturb import Disturbance
 from shardproof.train.faults.fault import Fault
 from shardproof.train.faults.planting import Planting
 from shardproof.train.norm import EPSILON
-from shardproof.train.optimizer import build_optimizer
-from shardproof.train.step import Observer, Step, train_step
+from shardproof.train.step import Step, one_step
 
 UNCLIPPED = 1e30
 """A `max_grad_norm` that no gradient reaches, to see a user's gradients as they are before their own clipping."""
@@ -149,24 +146,19 @@ class TracedRun:
             initial.cast_model(model, torch.float64)
         self.dtype = torch.float64 if variant.widened else settings.dtype
         with initial.default_dtype(self.dtype):
-            self.shapes = {held.name: tuple(held.leaf.shape) for held in held_parameters(model)}
-            buffers = dict(canonical_buffers(model))
-            self.buffers = {name: tuple(b.shape) for name, b in buffers.items() if isinstance(b, Tensor)}
-            for pattern in experiment.placements or {}:
-                select(self.shapes, pattern, field="placements", kind="parameter")
             if self.planting is not None:
                 self.planting.look(model)
-            laid_out = lay_out(model, experiment, self.mesh, parallelism)
-            self.root = _root(laid_out, model, self.shapes)
-            self.optimizer = build_optimizer(experiment, laid_out)
-        self.parameters = list(held_parameters(self.root, self.shapes))
+            arranged = arrange(model, experiment, self.mesh, parallelism)
+        self.shapes, self.buffers = arranged.shapes, arranged.buffers
+        self.root, self.optimizer = arranged.root, arranged.optimizer
+        self.parameters = arranged.parameters
         now = partial(held_parameters, self.root, self.shapes)
         if self.planting is not None:
             # Before the recorder, which is to see it.
             self.planting.attach(self.root, self.parameters, self.optimizer)
         self.recorder.attach(self.root, self.parameters, self.optimizer, now)
         self.template = Step(
-            model=laid_out,
+            model=arranged.model,
             optimizer=self.optimizer,
             microbatches=[],
             loss=self.recorder.loss(experiment.loss if self.planting is None else self.planting.loss(experiment.loss)),
@@ -265,25 +257,6 @@ class TracedRun:
         if self.disturbance is not None:
             batch = self.disturbance.batch(batch)
         return cast(batch, self.dtype, self.settings.device)
-
-
-def one_step(experiment: Experiment, step: Step, parameters: list[Held], observer: Observer | None) -> Any:
-    """The user's own step where there is one, else shardproof's."""
-    if experiment.train_step is None:
-        return train_step(step, parameters, observer)
-    logged = experiment.train_step(step)
-    if not (isinstance(logged, int | float) or (isinstance(logged, Tensor) and logged.numel() == 1)):
-        raise ExperimentError(
-            f"Experiment.train_step returned {type(logged).__name__}; it must return the loss it would log, as a scalar"
-        )
-    return logged
-
-
-def _root(laid_out: nn.Module, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> nn.Module:
-    """The module whose names are the experiment's: a user's own wrapper around the model is looked through."""
-    if any(held.name in shapes for held in held_parameters(laid_out)):
-        return laid_out
-    return next((module for module in laid_out.modules() if module is model), laid_out)
 
 
 def _strangers(optimizer: Optimizer, parameters: list[Held]) -> tuple[str, ...]:

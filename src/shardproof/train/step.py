@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from shardproof.errors import ExperimentError
 from shardproof.parallel.held import Held, plain, scale_, settle_gradients
-from shardproof.spec.experiment import Batch
+from shardproof.spec.experiment import Batch, Experiment
 from shardproof.spec.loss import LossSum
 from shardproof.spec.parallelism import Parallelism
 from shardproof.train.norm import EPSILON, clip_, total_norm
+from shardproof.train.scaling import LossScaler
 from shardproof.train.sync import gradient_sync
 
 
@@ -57,6 +58,9 @@ class Step:
     loss_scale: float = 1.0
     """Factor on the loss in the backward pass, taken out of the gradients again before anybody sees them."""
 
+    scaler: LossScaler | None = None
+    """Scales the loss for float16 and skips the optimizer's step where gradients overflow. Not for a user's step."""
+
 
 class Observer(Protocol):
     """What a step tells whoever records it; nothing of it changes what the step computes."""
@@ -80,41 +84,37 @@ def train_step(step: Step, parameters: list[Held], observer: Observer | None = N
     Raises `ExperimentError` for a loss that is no scalar or does not depend on the model.
     """
     step.optimizer.zero_grad(set_to_none=True)
-    last = len(step.microbatches) - 1
-    logged: Tensor | None = None
-    count: Tensor | None = None
-    for m, batch in enumerate(step.microbatches):
-        weight = step.weights[m] if step.weights else 1 / len(step.microbatches)
-        with gradient_sync(step.model, m == last):
-            loss = step.loss(step.model, batch)
-            value = checked(loss)
-            if isinstance(loss, LossSum):
-                # A filler part (weight 0) must not count.
-                share = 1.0 if weight else 0.0
-                # In float64: bfloat16 cannot count beyond 256.
-                part_count = _whole(torch.as_tensor(loss.count, device=value.device)).to(torch.float64) * share
-                count = part_count if count is None else count + part_count
-            else:
-                share = weight
-            factor = share * step.loss_scale
-            (value if factor == 1.0 else value * factor).backward()  # type: ignore[no-untyped-call]
-        part = _whole(value) * share
-        logged = part if logged is None else logged + part
-    if logged is None:
-        raise ExperimentError(f"step {step.index} has no micro-batch; Experiment.batches must yield one or more a step")
+    logged, count = _forward_and_backward(step)
     settle_gradients(parameters)
+    finite = True
+    if step.scaler is not None:
+        finite = step.scaler.unscale_(_gradients(parameters))
+        step.scaler.update()
     if step.loss_scale != 1.0:
         scale_(_gradients(parameters), 1 / step.loss_scale)
     if count is not None:
         logged = _divide_by_global_count(step, parameters, logged, count)
     if observer is not None:
         observer.gradients()
-    if step.max_grad_norm is not None:
+    if step.max_grad_norm is not None and finite:
         norm = total_norm(parameters, step.mesh)
         if observer is not None:
             observer.norm(norm)
         clip_(parameters, norm, step.max_grad_norm, step.clip_epsilon)
-    step.optimizer.step()
+    if finite:
+        step.optimizer.step()
+    return logged
+
+
+def one_step(experiment: Experiment, step: Step, parameters: list[Held], observer: Observer | None = None) -> Any:
+    """The user's own step where there is one, else shardproof's."""
+    if experiment.train_step is None:
+        return train_step(step, parameters, observer)
+    logged = experiment.train_step(step)
+    if not (isinstance(logged, int | float) or (isinstance(logged, Tensor) and logged.numel() == 1)):
+        raise ExperimentError(
+            f"Experiment.train_step returned {type(logged).__name__}; it must return the loss it would log, as a scalar"
+        )
     return logged
 
 
@@ -137,6 +137,34 @@ def checked(loss: Any) -> Tensor:
             "compute it from model(batch), without detach() or no_grad()"
         )
     return value
+
+
+def _forward_and_backward(step: Step) -> tuple[Tensor, Tensor | None]:
+    """Every micro-batch, one after the other: the weighted sum of their losses, and the sum of `LossSum` counts."""
+    last = len(step.microbatches) - 1
+    logged: Tensor | None = None
+    count: Tensor | None = None
+    scale = step.loss_scale if step.scaler is None else step.loss_scale * step.scaler.scale
+    for m, batch in enumerate(step.microbatches):
+        weight = step.weights[m] if step.weights else 1 / len(step.microbatches)
+        with gradient_sync(step.model, m == last):
+            loss = step.loss(step.model, batch)
+            value = checked(loss)
+            if isinstance(loss, LossSum):
+                # A filler part (weight 0) must not count.
+                share = 1.0 if weight else 0.0
+                # In float64: bfloat16 cannot count beyond 256.
+                part_count = _whole(torch.as_tensor(loss.count, device=value.device)).to(torch.float64) * share
+                count = part_count if count is None else count + part_count
+            else:
+                share = weight
+            factor = share * scale
+            (value if factor == 1.0 else value * factor).backward()  # type: ignore[no-untyped-call]
+        part = _whole(value) * share
+        logged = part if logged is None else logged + part
+    if logged is None:
+        raise ExperimentError(f"step {step.index} has no micro-batch; Experiment.batches must yield one or more a step")
+    return logged, count
 
 
 def _divide_by_global_count(step: Step, parameters: list[Held], total: Tensor, count: Tensor) -> Tensor:
