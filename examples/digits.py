@@ -3,9 +3,11 @@
     shardproof check examples/digits.py --ranks 4
     shardproof train examples/digits.py --strategy tp_fsdp --ranks 4
 
-Needs scikit-learn. Samples are (image, label); `test_data` holds images that training does not see. Twenty epochs give
-98 to 99 percent of them right.
+Needs scikit-learn and torchmetrics. Samples are (image, label); `test_data` holds images that training does not see.
+Twenty epochs give 98 to 99 percent of them right.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,19 @@ def optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3)
 
 
+def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """A learning rate that falls to zero over the whole training, arXiv:1608.03983 without restarts."""
+    steps = EPOCHS * -(-len(train_data) // experiment.batch_size)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+
+
+def accuracy() -> dict[str, Any]:
+    """Share of images that are recognised."""
+    from torchmetrics.classification import MulticlassAccuracy  # a check does without it, and it is slow to import
+
+    return {"accuracy": MulticlassAccuracy(num_classes=CLASSES, average="micro")}
+
+
 train_data = digits(test=False)
 test_data = digits(test=True)
 
@@ -97,3 +112,7 @@ experiment = sp.Experiment(
     tp_plan={"blocks.*.fc1": "colwise", "blocks.*.fc2": "rowwise"},
     fsdp_units=("blocks.*",),
 )
+
+EPOCHS = 20
+training = sp.Training(max_duration=f"{EPOCHS}ep", eval_data=test_data, metrics=accuracy, scheduler=cosine)
+"""How `shardproof train` trains it; options on the command line replace parts of it."""

@@ -4,14 +4,20 @@
     shardproof check examples/gpt.py:sequence_parallel --ranks 4     # norms and residuals split over the sequence too
     shardproof check examples/gpt.py:ragged --ranks 4                # samples with unequal numbers of tokens
 
+    shardproof train examples/gpt.py --strategy tp_fsdp --ranks 4 --export gpt.safetensors
+    python examples/gpt.py gpt.safetensors "The following "          # go on with this text
+
 The text is `pydoc_data.topics` of the standard library, so it differs a little between versions of Python.
 """
 
+import math
+import sys
 from dataclasses import replace
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -214,3 +220,40 @@ experiment = sp.Experiment(
 sequence_parallel = replace(experiment, tp_plan=SEQUENCE_PARALLEL_PLAN)
 
 ragged = replace(experiment, data=Lines(TEXT[:TRAIN_BYTES]), loss=masked_loss)
+
+STEPS, WARMUP = 600, 30
+
+
+def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up, then a cosine down to a tenth, as GPT-3's (arXiv:2005.14165, appendix B)."""
+
+    def factor(step: int) -> float:
+        if step < WARMUP:
+            return (step + 1) / WARMUP
+        done = min(1.0, (step - WARMUP) / (STEPS - WARMUP))
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+training = sp.Training(max_duration=f"{STEPS}ba", eval_data=test_data, scheduler=schedule)
+"""How `shardproof train` trains all of them; options on the command line replace parts of it."""
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompt: str, length: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
+    """`prompt` and `length` bytes more, drawn one by one from what the model makes of the LENGTH bytes before."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt.encode())
+    for _ in range(length):
+        logits = model(torch.tensor([tokens[-LENGTH:]]))[0, -1] / temperature
+        tokens.append(int(torch.multinomial(logits.softmax(0), 1, generator=generator)))
+    return bytes(tokens).decode(errors="replace")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/gpt.py WEIGHTS.safetensors PROMPT")
+    gpt = Gpt()
+    gpt.load_state_dict(load_file(sys.argv[1]))
+    print(sample(gpt, sys.argv[2]))

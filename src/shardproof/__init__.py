@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from shardproof.compare.verdict import Comparison, Verdict
     from shardproof.diagnose.finding import Finding
     from shardproof.errors import (
+        CheckpointError,
         ExperimentError,
         InvariantError,
         ParityError,
@@ -24,21 +25,51 @@ if TYPE_CHECKING:
     from shardproof.invariants import Violation, check_invariants
     from shardproof.parity import assert_parity, check
     from shardproof.report.data import Report, Run
+    from shardproof.spec.duration import Duration
     from shardproof.spec.experiment import Experiment
     from shardproof.spec.loading import load
     from shardproof.spec.loss import LossSum
     from shardproof.spec.parallelism import Parallelism
+    from shardproof.spec.training import Training
     from shardproof.train.step import Step
+    from shardproof.trainer.callback import Callback
+    from shardproof.trainer.callbacks.early_stopping import EarlyStopping
+    from shardproof.trainer.callbacks.gradient_norm import GradientNorm
+    from shardproof.trainer.callbacks.learning_rate import LearningRateMonitor
+    from shardproof.trainer.callbacks.memory import MemoryMonitor
+    from shardproof.trainer.callbacks.throughput import Throughput
+    from shardproof.trainer.fit import Fit
+    from shardproof.trainer.logger import Logger
+    from shardproof.trainer.loggers.console import ConsoleLogger
+    from shardproof.trainer.loggers.json_lines import JSONLinesLogger
+    from shardproof.trainer.loggers.mlflow import MLflowLogger
+    from shardproof.trainer.loggers.tensorboard import TensorBoardLogger
+    from shardproof.trainer.loggers.wandb import WandbLogger
+    from shardproof.trainer.metrics import Metrics
+    from shardproof.trainer.trainer import Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": "trainer.callback",
+    "CheckpointError": "errors",
     "Comparison": "compare.verdict",
+    "ConsoleLogger": "trainer.loggers.console",
+    "Duration": "spec.duration",
+    "EarlyStopping": "trainer.callbacks.early_stopping",
     "Experiment": "spec.experiment",
     "ExperimentError": "errors",
     "Finding": "diagnose.finding",
+    "Fit": "trainer.fit",
+    "GradientNorm": "trainer.callbacks.gradient_norm",
     "InvariantError": "errors",
+    "JSONLinesLogger": "trainer.loggers.json_lines",
+    "LearningRateMonitor": "trainer.callbacks.learning_rate",
+    "Logger": "trainer.logger",
     "LossSum": "spec.loss",
+    "MLflowLogger": "trainer.loggers.mlflow",
+    "MemoryMonitor": "trainer.callbacks.memory",
+    "Metrics": "trainer.metrics",
     "Parallelism": "spec.parallelism",
     "ParityError": "errors",
     "PatternError": "errors",
@@ -51,9 +82,14 @@ _HOMES = {
     "ShardproofError": "errors",
     "Step": "train.step",
     "StrategyError": "errors",
+    "TensorBoardLogger": "trainer.loggers.tensorboard",
+    "Throughput": "trainer.callbacks.throughput",
+    "Trainer": "trainer.trainer",
+    "Training": "spec.training",
     "UsageError": "errors",
     "Verdict": "compare.verdict",
     "Violation": "invariants",
+    "WandbLogger": "trainer.loggers.wandb",
     "assert_parity": "parity",
     "check": "parity",
     "check_invariants": "invariants",
@@ -62,12 +98,25 @@ _HOMES = {
 """Public name -> the module it lives in, loaded when the name is first used: `import shardproof` loads no torch."""
 
 __all__ = [
+    "Callback",
+    "CheckpointError",
     "Comparison",
+    "ConsoleLogger",
+    "Duration",
+    "EarlyStopping",
     "Experiment",
     "ExperimentError",
     "Finding",
+    "Fit",
+    "GradientNorm",
     "InvariantError",
+    "JSONLinesLogger",
+    "LearningRateMonitor",
+    "Logger",
     "LossSum",
+    "MLflowLogger",
+    "MemoryMonitor",
+    "Metrics",
     "Parallelism",
     "ParityError",
     "PatternError",
@@ -80,9 +129,14 @@ __all__ = [
     "ShardproofError",
     "Step",
     "StrategyError",
+    "TensorBoardLogger",
+    "Throughput",
+    "Trainer",
+    "Training",
     "UsageError",
     "Verdict",
     "Violation",
+    "WandbLogger",
     "__version__",
     "assert_parity",
     "check",

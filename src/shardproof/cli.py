@@ -1,4 +1,4 @@
-"""The command line: reads options, calls `check` or the zoo, prints the report, and ends with its exit code.
+"""The command line: reads options, calls `check`, the trainer or the zoo, prints the result, and sets the exit code.
 
 Nothing here imports torch before it is needed: `--help` and a mistyped option answer at once.
 """
@@ -11,15 +11,17 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from shardproof import cli_train
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.ranks.launch import Launch
 from shardproof.report import file, show, text
@@ -41,7 +43,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 app = typer.Typer(
-    help="Prove that every parallel layout of a PyTorch model computes the same training.",
+    help="Train a PyTorch model under any parallel layout, and prove that every layout computes the same training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -184,6 +186,20 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
             report.to_html(html)
         if not report.ok:
             raise typer.Exit(DIVERGED)
+
+
+@app.command("train", short_help="Train for real, under any strategy.", no_args_is_help=True)
+@wraps(cli_train.train)
+def _train(**options: Any) -> None:
+    with _exit_codes():
+        cli_train.train(**options)
+
+
+@app.command("export", short_help="A checkpoint's weights as one safetensors file.", no_args_is_help=True)
+@wraps(cli_train.export)
+def _export(**options: Any) -> None:
+    with _exit_codes():
+        cli_train.export(**options)
 
 
 @app.command("zoo", short_help="Check known bugs, and right code that looks like them.")

@@ -28,6 +28,8 @@ _PEER_LOST = re.compile(
             r"Broken pipe",
             r"Socket Timeout|Timed out waiting|wait timeout",  # gloo and store: the peer never came
             r"remote process exited",  # NCCL
+            r"NCCL communicator was aborted",  # NCCL: its watchdog has given up on a peer
+            r"collective operation timeout",  # likewise
             r"failed to (recv|send|connect)",  # store
         )
     ),
@@ -65,16 +67,35 @@ def only_waited(error: BaseException) -> bool:
     """Whether `error` says no more than that a peer is gone: an echo of what happened on another rank."""
     from torch.distributed import DistError  # noqa: PLC0415  (the room must be importable without torch)
 
+    return any(
+        isinstance(link, DistError) or (isinstance(link, RuntimeError | OSError) and _PEER_LOST.search(_text(link)))
+        for link in _chain(error)
+    )
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective raised `error` because another process is gone, does not answer, or cannot be reached.
+
+    Stricter than `only_waited`, which looks for the cause among several errors: errors of NCCL that say something
+    else and connections of the user's own code, which break as well, are not meant here.
+    """
+    from torch.distributed import DistNetworkError, DistStoreError  # noqa: PLC0415  (as above)
+
+    return any(
+        isinstance(link, DistNetworkError | DistStoreError)
+        or (isinstance(link, RuntimeError) and _PEER_LOST.search(_text(link)))
+        for link in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what it was raised from."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
-        if isinstance(link, DistError):
-            return True
-        if isinstance(link, RuntimeError | OSError) and _PEER_LOST.search(_text(link)):
-            return True
+        yield link
         link = link.__cause__ or link.__context__
-    return False
 
 
 def _links(report: traceback.TracebackException) -> Iterator[traceback.TracebackException]:

@@ -42,7 +42,9 @@ def stack_key(rank: int) -> str:
 def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes], bytes]) -> None:
     """Serves calls until the leader is done. After an error it never returns: the process ends."""
     main = threading.get_ident()
-    threading.Thread(target=_watch, args=(watching, launch, main), name="shardproof watch", daemon=True).start()
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(watching, launch, main, done), name="shardproof watch", daemon=True)
+    watch.start()
     number = 1
     try:
         while (stop := wire.look(STOP)) is None:
@@ -54,6 +56,10 @@ def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes]
             answer = perform(message)
             wire.send(_numbered(wire, ANSWERS), answer)
         if int(stop) == 0:
+            # Before the leader hears of it and may close the store, and before Python ends: a thread that is in the
+            # store's client by then takes the whole process down.
+            done.set()
+            watch.join()
             wire.send(_numbered(wire, BYE), b"")
             return
     except _store_errors():
@@ -61,7 +67,7 @@ def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes]
     threading.Event().wait()
 
 
-def _watch(wire: Wire, launch: Launch, main: int) -> None:
+def _watch(wire: Wire, launch: Launch, main: int, done: threading.Event) -> None:
     """Ends the process after an error, also where its main thread is stuck in a collective."""
     shown = False
     try:
@@ -69,7 +75,8 @@ def _watch(wire: Wire, launch: Launch, main: int) -> None:
             if not shown and wire.look(STACKS) is not None:
                 wire.send(stack_key(launch.rank), trimmed(of_frame(sys._current_frames().get(main))).encode())
                 shown = True
-            time.sleep(_WATCH_S)
+            if done.wait(_WATCH_S):
+                return
         code = int(stop)
         if code == 0:
             return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shardproof.errors import RankHung, UsageError
 from shardproof.ranks.blame import cause
 from shardproof.ranks.heard import Heard
+from shardproof.ranks.live import Live
 from shardproof.ranks.noise import NATIVE_LOG, without_noise
 from shardproof.ranks.output import flush, grouped, label
 from shardproof.ranks.place import FOREVER, Place, Rendezvous
@@ -20,6 +21,7 @@ from shardproof.ranks.pool import Ranks
 from shardproof.ranks.preload import preload
 from shardproof.ranks.process import Process
 from shardproof.ranks.safety import refuse_unsafe_fork
+from shardproof.ranks.sigterm import passed_on
 from shardproof.ranks.supervise import hear
 
 if TYPE_CHECKING:
@@ -56,12 +58,12 @@ class ForkedRanks(Ranks):
                 self._finish()
                 raise UsageError(f"cannot start rank {rank} of {size}: {error}; ask for fewer ranks") from error
 
-    def _call(self, method: str, args: tuple[Any, ...], ranks: list[int], during: str) -> dict[int, Any]:
+    def _call(self, method: str, args: tuple[Any, ...], ranks: list[int], during: str, *, live: bool) -> dict[int, Any]:
         message = pickle.dumps((method, args))
         called = {rank: self._processes[rank] for rank in ranks}
         for process in called.values():
             process.send(message)
-        heard = hear(called, self._timeout_s)
+        heard = self._hear_live(called, during) if live else hear(called, self._timeout_s, on_event=self.on_event)
         found = cause(heard.answers, heard.deaths, during=during)
         if found is not None:
             guilty, error = found
@@ -76,8 +78,20 @@ class ForkedRanks(Ranks):
         self._show(self._processes, during)
         return {rank: heard.answers[rank].result for rank in ranks}
 
-    def _show(self, processes: Mapping[int, Process], during: str, *, guilty: int | None = None) -> None:
-        lines = {rank: without_noise(process.output.new_lines()) for rank, process in processes.items()}
+    def _hear_live(self, called: Mapping[int, Process], during: str) -> Heard:
+        def ask_to_end() -> None:
+            for process in called.values():
+                process.ask_to_end()
+
+        outputs = [process.output for process in self._processes.values()]
+        output = Live(outputs, lambda: self._show(self._processes, during, whole=True))
+        with passed_on(ask_to_end, self._finish):
+            return hear(called, self._timeout_s, on_event=self.on_event, look=output.look)
+
+    def _show(
+        self, processes: Mapping[int, Process], during: str, *, guilty: int | None = None, whole: bool = False
+    ) -> None:
+        lines = {rank: without_noise(process.output.new_lines(whole=whole)) for rank, process in processes.items()}
         if guilty is not None:
             lines = {rank: text if rank == guilty else _before_the_echo(text) for rank, text in lines.items()}
         for ranks, line in grouped(lines):

@@ -33,10 +33,15 @@ class Heard:
         self.deaths[rank] = how
         self.silent.discard(rank)
 
+    @property
+    def trouble(self) -> bool:
+        """Whether any rank has failed or died."""
+        return bool(self.deaths) or not all(answer.good for answer in self.answers.values())
+
     def patience(self) -> float:
         """Until when the others are worth waiting for, given what was heard just now (time.monotonic)."""
-        bad = [answer for answer in self.answers.values() if not answer.good]
-        if not bad and not self.deaths:
+        if not self.trouble:
             return float("inf")
+        bad = [answer for answer in self.answers.values() if not answer.good]
         only_echoes = not self.deaths and all(answer.echo for answer in bad)
         return time.monotonic() + (AFTER_AN_ECHO_S if only_echoes else AFTER_A_CAUSE_S)

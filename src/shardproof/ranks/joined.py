@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import pickle
@@ -15,12 +16,13 @@ from shardproof.ranks.answer import perform
 from shardproof.ranks.blame import cause
 from shardproof.ranks.follow import ANSWERS, BYE, STACKS, STOP, call_key, follow, stack_key
 from shardproof.ranks.heard import Heard
+from shardproof.ranks.interface import choose_interface
 from shardproof.ranks.launch import Launch
-from shardproof.ranks.loopback import loopback
 from shardproof.ranks.own_part import OwnPart
 from shardproof.ranks.place import Place, Rendezvous
 from shardproof.ranks.pool import Ranks
 from shardproof.ranks.preload import preload
+from shardproof.ranks.told import Told
 from shardproof.ranks.wire import Wire, store
 
 _POLL_S = 0.02
@@ -51,8 +53,7 @@ class JoinedRanks(Ranks):
         self._target, self._launch, self._timeout_s = target, launch, timeout_s
         preload()
         noise.silence()
-        if launch.local_world_size == launch.world_size and (interface := loopback()) is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        choose_interface(launch, os.environ)
         self._prefix = f"shardproof/{launch.attempt}/{next(_pools)}"
         self._wire = Wire(launch, self._prefix)
         self._place = Place(
@@ -62,7 +63,10 @@ class JoinedRanks(Ranks):
             device_type=device,
             _rendezvous=Rendezvous(lambda: store(launch, self._prefix), local_size=min(size, launch.local_world_size)),
         )
-        self._own = OwnPart(self._perform) if self.leader else None
+        self._own: OwnPart | None = None
+        if self.leader:
+            self._own = OwnPart(self._perform)
+            self._place = dataclasses.replace(self._place, _tell=self._own.tell)
         self._sent: Counter[int] = Counter()
         self._read = 0
 
@@ -76,7 +80,7 @@ class JoinedRanks(Ranks):
         self._place.use_device()
         return perform(self._target, self._place, message)
 
-    def _call(self, method: str, args: tuple[Any, ...], ranks: list[int], during: str) -> dict[int, Any]:
+    def _call(self, method: str, args: tuple[Any, ...], ranks: list[int], during: str, *, live: bool) -> dict[int, Any]:
         if self._own is None:
             raise UsageError(f"rank {self._launch.rank} cannot run {method}: only rank 0 calls, inside `with`")
         message = pickle.dumps((method, args))
@@ -86,7 +90,7 @@ class JoinedRanks(Ranks):
             else:
                 self._sent[rank] += 1
                 self._wire.send(call_key(rank, self._sent[rank]), message)
-        heard = self._hear(self._own, set(ranks))
+        heard = self._hear(self._own, set(ranks), live=live)
         found = cause(heard.answers, heard.deaths, during=during)
         if found is not None:
             raise found[1] from None
@@ -94,22 +98,33 @@ class JoinedRanks(Ranks):
             raise RankHung(self._timeout_s, self._stacks(self._own, heard.silent), during=during)
         return {rank: heard.answers[rank].result for rank in ranks}
 
-    def _hear(self, own: OwnPart, ranks: set[int]) -> Heard:
+    def _hear(self, own: OwnPart, ranks: set[int], *, live: bool) -> Heard:
         heard = Heard(silent=ranks)
         deadline = time.monotonic() + self._timeout_s
         while heard.silent and time.monotonic() < deadline:
-            if 0 in heard.silent:
-                answer = own.answer(_POLL_S)
-            else:
-                time.sleep(_POLL_S / 10)
-                answer = None
-            if answer is not None:
-                heard.answer(pickle.loads(answer))
-            while (answer := self._wire.receive(f"{ANSWERS}/{self._read + 1}")) is not None:
-                self._read += 1
-                heard.answer(pickle.loads(answer))
+            spoken = self._listen(own, heard)
+            if live and spoken and not heard.trouble:
+                deadline = time.monotonic() + self._timeout_s
             deadline = min(deadline, heard.patience())
         return heard
+
+    def _listen(self, own: OwnPart, heard: Heard) -> bool:
+        """Takes what there is to hear; False where that is nothing."""
+        said: bytes | Told | None = None
+        if 0 in heard.silent:
+            said = own.next(_POLL_S)
+        else:
+            time.sleep(_POLL_S / 10)
+        if isinstance(said, Told):
+            self.on_event(said.rank, said.event)
+        elif said is not None:
+            heard.answer(pickle.loads(said))
+        spoken = said is not None
+        while (answer := self._wire.receive(f"{ANSWERS}/{self._read + 1}")) is not None:
+            self._read += 1
+            heard.answer(pickle.loads(answer))
+            spoken = True
+        return spoken
 
     def _stacks(self, own: OwnPart, silent: set[int]) -> dict[int, str]:
         self._wire.send(STACKS, b"please")

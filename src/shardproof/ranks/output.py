@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
+from shardproof.ranks.disk import give_back
+
 MAX_LINES = 200
-"""Lines shown of one rank and call: as many from the start as from the end."""
+"""Lines shown of one rank at a time: as many from the start as from the end."""
 MAX_BYTES = 64 * 1024
-"""Bytes shown of one rank and call, likewise."""
+"""Bytes shown of one rank at a time, likewise."""
 
-
+_FREE_BYTES = 1024 * 1024
+"""Space is given back in pieces of at least this size."""
 _LINE_BUFFERED = 1
 """_IOLBF of C's stdio.h, on Linux."""
 
@@ -27,6 +30,7 @@ class Caught:
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="shardproof-")  # noqa: SIM115  (open as long as the rank lives)
         self._shown = 0
+        self._freed = 0
 
     def catch(self) -> None:
         """Run by the rank: whatever it writes to stdout and stderr from now on, native code included, is caught."""
@@ -40,10 +44,21 @@ class Caught:
         # Likewise: under pytest, warnings are recorded in a list of the parent's, of which the rank has a copy.
         warnings.showwarning = _show_warning
 
-    def new_lines(self) -> list[str]:
-        """Run by the parent: the lines since the last time, cut to `MAX_LINES` and `MAX_BYTES`."""
-        start, self._shown = self._shown, os.fstat(self._file.fileno()).st_size
-        stop = self._shown
+    def has_more(self) -> bool:
+        """Run by the parent: whether the rank has written anything since the last `new_lines`."""
+        return self._size() > self._shown
+
+    def new_lines(self, *, whole: bool = False) -> list[str]:
+        """Run by the parent: the lines since the last time, cut to `MAX_LINES` and `MAX_BYTES`.
+
+        A line that is not over yet waits for the next time where only `whole` lines are wanted, unless it is endless.
+        """
+        start, stop = self._shown, self._size()
+        if whole:
+            newest = self._read(max(start, stop - MAX_BYTES), stop)
+            unfinished = len(newest) - (newest.rfind(b"\n") + 1)
+            stop -= unfinished if unfinished < MAX_BYTES else 0
+        self._shown = stop
         if stop - start <= MAX_BYTES:
             lines = _lines(self._read(start, stop))
             if len(lines) <= MAX_LINES:
@@ -60,9 +75,18 @@ class Caught:
         note = f"... {left_out} lines left out ..." if left_out > 0 else "... the middle of a long line left out ..."
         return [*head, note, *tail]
 
+    def free(self) -> None:
+        """Run by the parent: gives back the disk space of what was shown, so that a run of weeks fills no disk."""
+        if self._shown - self._freed >= _FREE_BYTES:
+            self._freed = self._shown
+            give_back(self._file.fileno(), self._shown)
+
     def close(self) -> None:
         """Gives the file back."""
         self._file.close()
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
 
     def _read(self, start: int, stop: int) -> bytes:
         # pread: the rank writes at the position that both processes share, which must not move.

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from shardproof.ranks.stacks import of_frame, trimmed
+from shardproof.ranks.told import Told
 
 
 class OwnPart:
@@ -19,7 +20,7 @@ class OwnPart:
     def __init__(self, perform: Callable[[bytes], bytes]) -> None:
         self._perform = perform
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[bytes | Told] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="shardproof rank 0", daemon=True)
         self._thread.start()
 
@@ -31,10 +32,14 @@ class OwnPart:
         """Ends the thread after what it is doing."""
         self._messages.put(None)
 
-    def answer(self, wait_s: float) -> bytes | None:
-        """The answer, or None where there is none within `wait_s` seconds."""
+    def tell(self, event: object) -> None:
+        """Run by the part itself, in any thread: hands an event to the leader."""
+        self._said.put(Told(0, event))
+
+    def next(self, wait_s: float) -> bytes | Told | None:
+        """The next event, or the answer; None where there is nothing within `wait_s` seconds."""
         try:
-            return self._answers.get(timeout=wait_s)
+            return self._said.get(timeout=wait_s)
         except queue.Empty:
             return None
 
@@ -45,4 +50,4 @@ class OwnPart:
 
     def _run(self) -> None:
         while (message := self._messages.get()) is not None:
-            self._answers.put(self._perform(message))
+            self._said.put(self._perform(message))

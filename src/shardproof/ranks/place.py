@@ -55,6 +55,17 @@ class Place:
     device_type: str
     """"cpu" or "cuda"."""
     _rendezvous: Rendezvous | None = field(default=None, repr=False, compare=False)
+    _tell: Callable[[object], None] | None = field(default=None, repr=False, compare=False)
+
+    def tell(self, event: object) -> None:
+        """Sends `event` to the caller while a call is running; it arrives as `Ranks.on_event(rank, event)`.
+
+        Any thread of the rank may tell, a signal handler may not. Events are pickled: plain data, never tensors. They
+        arrive in order, all of them before the call's answer. It does nothing where there is no caller to hear it: on
+        torchrun's ranks above 0, in a process that is no rank, and between two calls.
+        """
+        if self._tell is not None:
+            self._tell(event)
 
     def device(self) -> torch.device:
         """The device this rank computes on. Ranks share devices where there are more ranks than devices."""
@@ -92,14 +103,14 @@ class Place:
             store = self._rendezvous.store(name, size)
         rank = 0 if size == 1 else self.rank
         with self._announced(rank, size):
-            dist.init_process_group(self._backend(), store=store, rank=rank, world_size=size, timeout=FOREVER)
+            dist.init_process_group(self.backend(), store=store, rank=rank, world_size=size, timeout=FOREVER)
             try:
                 yield
             except BaseException:
-                _leave(in_peace=False)
+                leave(in_peace=False)
                 raise
             else:
-                _leave(in_peace=True)
+                leave(in_peace=True)
             finally:
                 forget_meshes()
                 # Wrapped models lie in reference cycles and hold the buffers of the world that has just ended.
@@ -122,7 +133,8 @@ class Place:
                 else:
                     os.environ[name] = value
 
-    def _backend(self) -> str:
+    def backend(self) -> str:
+        """What `init_process_group` is to be given: always something that carries tensors on the CPU as well."""
         if self.device_type == "cpu":
             return "gloo"
         import torch  # noqa: PLC0415  (the room must be importable without torch)
@@ -132,7 +144,7 @@ class Place:
         return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= local_size else "gloo"
 
 
-def _leave(*, in_peace: bool) -> None:
+def leave(*, in_peace: bool) -> None:
     """Leaves the world; where something failed in it, without waiting for the others, which may be stuck."""
     import torch.distributed as dist  # noqa: PLC0415  (the room must be importable without torch)
     from torch.distributed import distributed_c10d  # noqa: PLC0415

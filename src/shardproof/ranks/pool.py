@@ -11,6 +11,10 @@ from typing import Any, Self
 from shardproof.errors import UsageError
 
 
+def ignore(rank: int, event: object) -> None:
+    """What happens to the ranks' events unless `Ranks.on_event` says otherwise."""
+
+
 def write_to_stderr(line: str) -> None:
     """Where the ranks' output goes unless `Ranks.on_output` says otherwise."""
     print(line, file=sys.stderr, flush=True)
@@ -28,15 +32,28 @@ class Ranks(ABC):
     on_output: Callable[[str], None]
     """Gets each line that user code printed on the ranks, labelled and without its newline. Set it as you like."""
 
+    on_event: Callable[[int, object], None]
+    """Gets each event that a rank has passed to `Place.tell`, with the rank. Called in the thread that calls `call`."""
+
     def __init__(self, size: int) -> None:
         self.size = size
+        self.on_event = ignore
         self.on_output = write_to_stderr
         self._ended: str | None = None
 
-    def call(self, method: str, *args: Any, ranks: Iterable[int] | None = None, during: str = "") -> dict[int, Any]:
+    def call(
+        self, method: str, *args: Any, ranks: Iterable[int] | None = None, during: str = "", live: bool = False
+    ) -> dict[int, Any]:
         """Runs `target.method(place, *args)` on `ranks` (all by default) at once; rank -> what it returned.
 
         Arguments and results are pickled: plain data, never tensors. `during` names the work in messages.
+
+        `live` is for work of hours: what ranks print is shown while they run, the time limit counts from the last
+        event or answer of any rank (`Place.tell` at least once in that time), and a SIGTERM is passed on to the
+        ranks, which may end their work and answer; a second one ends everything at once. Signals are left alone
+        outside the main thread and where somebody else handles SIGTERM. Under torchrun, which forwards signals and
+        output itself, only the time limit changes.
+
         Raises `RankFailed`, `RankDied` or `RankHung`; a `UsageError` that a rank raised comes back as it was. After
         any error the ranks are ended. Raises `UsageError` where they have ended already.
         """
@@ -46,7 +63,7 @@ class Ranks(ABC):
         if not chosen or chosen[0] < 0 or chosen[-1] >= self.size:
             raise UsageError(f"cannot run {method} on ranks {chosen}: there are ranks 0 to {self.size - 1}")
         try:
-            return self._call(method, args, chosen, during)
+            return self._call(method, args, chosen, during, live=live)
         except BaseException as error:
             self._end(error)
             self._ended = f"were ended by an earlier {type(error).__name__}"
@@ -67,7 +84,9 @@ class Ranks(ABC):
         self.close()
 
     @abstractmethod
-    def _call(self, method: str, args: tuple[Any, ...], ranks: list[int], during: str) -> dict[int, Any]: ...
+    def _call(
+        self, method: str, args: tuple[Any, ...], ranks: list[int], during: str, *, live: bool
+    ) -> dict[int, Any]: ...
 
     @abstractmethod
     def _end(self, error: BaseException | None) -> None:

@@ -81,6 +81,12 @@ class Process:
         """Of a process that is gone: negative for a signal, None where somebody else has reaped it."""
         return self._exit_code
 
+    def ask_to_end(self) -> None:
+        """Sends SIGTERM to the rank alone: its own children, as data loaders, are the rank's to end."""
+        if not self._reaped:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGTERM)
+
     def kill(self) -> None:
         """Ends the process and all that it has started, without waiting."""
         with contextlib.suppress(OSError):

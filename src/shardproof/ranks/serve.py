@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import faulthandler
 import gc
 import os
@@ -16,6 +17,7 @@ from shardproof.ranks.loopback import loopback
 from shardproof.ranks.output import Caught, flush
 from shardproof.ranks.place import Place
 from shardproof.ranks.stacks import Stack
+from shardproof.ranks.told import Voice
 
 _PR_SET_PDEATHSIG = 1
 
@@ -23,15 +25,17 @@ _PR_SET_PDEATHSIG = 1
 def live(target: object, place: Place, connection: Connection, output: Caught, stack: Stack) -> None:
     """Answers calls until the parent is gone; mostly the parent ends this process before that."""
     _settle(place, output, stack)
+    voice = Voice(place.rank, connection)
+    place = dataclasses.replace(place, _tell=voice.tell)
     while True:
         try:
-            message = connection.recv_bytes()
+            message = voice.hear()
         except (EOFError, OSError):
             return  # the parent is gone
         place.use_device()
         answer = perform(target, place, message)
         flush()
-        connection.send_bytes(answer)
+        voice.answer(answer)
 
 
 def _settle(place: Place, output: Caught, stack: Stack) -> None:

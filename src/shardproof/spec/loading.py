@@ -12,9 +12,13 @@ from types import ModuleType
 from shardproof.errors import ExperimentError
 from shardproof.spec.experiment import Experiment
 from shardproof.spec.strategies import suggest
+from shardproof.spec.training import Training
 
 DEFAULT_NAME = "experiment"
 """The name looked for in a file when none is given and it holds several experiments."""
+
+TRAINING_NAME = "training"
+"""The name under which a file may keep a `Training` for its experiments."""
 
 
 def load(target: str) -> Experiment:
@@ -23,6 +27,28 @@ def load(target: str) -> Experiment:
     Without a name, a file's `experiment`, or its only Experiment, is taken. The folder of the file (or the current
     folder, for a module) becomes importable. Raises `ExperimentError` for whatever goes wrong on the way.
     """
+    module, name = _module(target)
+    return _pick(module, name, target)
+
+
+def load_for_training(target: str) -> tuple[Experiment, Training]:
+    """The experiment that `target` names, and how its file says to train it: its `training`, where it has one.
+
+    Raises `ExperimentError` as `load` does, and where `training` is no Training.
+    """
+    module, name = _module(target)
+    experiment = _pick(module, name, target)
+    training = getattr(module, TRAINING_NAME, None)
+    if training is None or isinstance(training, ModuleType):
+        return experiment, Training()
+    if not isinstance(training, Training):
+        raise ExperimentError(
+            f"{target}: {TRAINING_NAME} is a {type(training).__name__}; make it a shardproof.Training(...)"
+        )
+    return experiment, training
+
+
+def _module(target: str) -> tuple[ModuleType, str]:
     place, _, name = target.rpartition(":") if ":" in target else (target, "", "")
     # A Windows drive or a plain path has no name behind its colon.
     if not place or name.endswith(".py") or "/" in name or "\\" in name:
@@ -30,7 +56,7 @@ def load(target: str) -> Experiment:
     if not place:
         raise ExperimentError(f"{target!r} names nothing; write path/to/file.py[:name] or package.module:name")
     module = _from_file(Path(place)) if place.endswith(".py") or "/" in place else _from_module(place)
-    return _pick(module, name, target)
+    return module, name
 
 
 def _from_file(path: Path) -> ModuleType:

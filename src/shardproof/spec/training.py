@@ -42,7 +42,8 @@ class Training:
     """Samples per evaluation batch, over all ranks; the experiment's `batch_size` where None."""
 
     metrics: Any = None
-    """What to measure on `eval_data` beside the loss: a torchmetrics Metric, {name: Metric}, or `sp.Metrics`."""
+    """What to measure on `eval_data` beside the loss: a torchmetrics Metric, {name: Metric}, `sp.Metrics`, or a
+    function that returns one of these (torchmetrics is slow to import)."""
 
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     """Makes the learning rate scheduler, which is stepped after every optimizer step."""

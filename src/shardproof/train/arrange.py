@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from shardproof.parallel.held import Held, held_parameters
 from shardproof.parallel.extras import Extras
+from shardproof.parallel.held import Held, held_parameters
 from shardproof.parallel.layout import lay_out
 from shardproof.parallel.names import canonical_buffers
 from shardproof.spec.experiment import Experiment

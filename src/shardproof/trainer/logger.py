@@ -21,5 +21,5 @@ class Logger(ABC):
         was resumed.
         """
 
-    def close(self) -> None:  # noqa: B027  (nothing to do is a fine default)
-        """The run is over, or has failed. Whatever is held back must be written."""
+    def close(self, *, failed: bool = False) -> None:  # noqa: B027  (nothing to do is a fine default)
+        """The run is over, or has `failed` with an error. Whatever is held back must be written."""

@@ -1,0 +1,167 @@
+"""Who does a trainer's work: this process, as one of the ranks, or ranks that are forked from it."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from shardproof.errors import UsageError
+from shardproof.ranks import Place, Ranks, start
+from shardproof.ranks.here import Here
+from shardproof.spec.experiment import Experiment
+from shardproof.spec.parallelism import Parallelism
+from shardproof.spec.training import Training
+from shardproof.trainer.loop import Loop
+from shardproof.trainer.screen import Screen, Shown, screen_on
+
+
+class Crew(ABC):
+    """Runs methods of a `Loop` on all ranks."""
+
+    @abstractmethod
+    def call(self, method: str, *args: Any) -> Any:
+        """What the method returns on rank 0, or on this rank where it is one."""
+
+    @abstractmethod
+    def call_for_tensors(self, method: str, *args: Any) -> Any:
+        """The same for a method that returns tensors."""
+
+    @property
+    @abstractmethod
+    def loop(self) -> Loop:
+        """This process's own."""
+
+    @abstractmethod
+    def close(self, *, in_peace: bool = True) -> None:
+        """End what was started; without waiting for anybody where something has failed."""
+
+
+class InProcess(Crew):
+    """This process is a rank."""
+
+    def __init__(self, experiment: Experiment, parallelism: Parallelism, training: Training, timeout_s: float) -> None:
+        self._about = experiment, parallelism, training
+        self._timeout_s = timeout_s
+        self._here: Here | None = None
+        self._loop: Loop | None = None
+
+    @property
+    def loop(self) -> Loop:
+        """Made when it is first asked for."""
+        if self._loop is None:
+            experiment, parallelism, training = self._about
+            self._here = self._here or Here(training.device, timeout_s=self._timeout_s)
+            place = self._here.place
+            screen = screen_on(Console(stderr=True), progress_bar=training.progress_bar and place.rank == 0)
+            self._screen = screen
+            self._loop = Loop(experiment, parallelism, training, place, lambda event: _draw(screen, event))
+        return self._loop
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Runs it here; the other ranks run their own."""
+        loop = self.loop
+        try:
+            return getattr(loop, method)(*args)
+        finally:
+            self._screen.close()
+
+    def call_for_tensors(self, method: str, *args: Any) -> Any:
+        """Likewise: nothing has to travel."""
+        return self.call(method, *args)
+
+    def close(self, *, in_peace: bool = True) -> None:
+        """Leave the process group, where it was joined for this."""
+        here, self._loop, self._here = self._here, None, None
+        if here is not None:
+            here.close(in_peace=in_peace)
+
+
+class Forked(Crew):
+    """Ranks of our own, started at the first call."""
+
+    def __init__(self, experiment: Experiment, parallelism: Parallelism, training: Training, timeout_s: float) -> None:
+        self._work = _Work(experiment, parallelism, training)
+        self._size, self._timeout_s, self._device = parallelism.world_size, timeout_s, training.device
+        self._name = parallelism.strategy
+        self._shows = training.progress_bar
+        self._ranks: Ranks | None = None
+
+    @property
+    def loop(self) -> Loop:
+        """There is none here."""
+        raise UsageError(
+            "the ranks are processes of their own, and the model is theirs; use state_dict() or predict(), or make "
+            "this process a rank: Trainer(..., fork=False), or a launch by torchrun"
+        )
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Runs it on all ranks; output and progress are shown meanwhile."""
+        if self._ranks is None:
+            self._ranks = start(self._size, self._work, timeout_s=self._timeout_s, device=self._device)
+        try:
+            message = pickle.dumps(args)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UsageError(
+                f"{method}() has to send its arguments to the ranks, which are other processes: {error}; "
+                "give data as eval_data to the Trainer, which ranks inherit, or functions that have a name in a module"
+            ) from error
+        screen = screen_on(Console(stderr=True), progress_bar=self._shows)
+        self._ranks.on_output = screen.message
+        self._ranks.on_event = lambda _rank, event: _draw(screen, event)
+        try:
+            return self._ranks.call("work", method, message, during=method, live=True)[0]
+        finally:
+            screen.close()
+
+    def call_for_tensors(self, method: str, *args: Any) -> Any:
+        """Tensors come back in a file: in a pipe they would be shared memory, which ends with its rank."""
+        with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
+            path = Path(folder, "result.pt")
+            self.call("to_file", path, method, *args)
+            return torch.load(path, weights_only=True)
+
+    def close(self, *, in_peace: bool = True) -> None:
+        """End the ranks."""
+        del in_peace
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.close()
+
+
+class _Work:
+    """What a forked rank holds."""
+
+    def __init__(self, experiment: Experiment, parallelism: Parallelism, training: Training) -> None:
+        self._about = experiment, parallelism, training
+        self._loop: Loop | None = None
+        self._world = ExitStack()
+
+    def work(self, place: Place, method: str, message: bytes) -> Any:
+        if self._loop is None:
+            experiment, parallelism, training = self._about
+            # Left only with the process.
+            self._world.enter_context(place.world("train", parallelism.world_size))
+            self._loop = Loop(experiment, parallelism, training, place, place.tell)
+        args = pickle.loads(message)
+        if method == "to_file":
+            path, method, *args = args
+            result = getattr(self._loop, method)(*args)
+            if place.rank == 0:
+                torch.save(result, path)
+            return None
+        result = getattr(self._loop, method)(*args)
+        return result if place.rank == 0 else None
+
+
+def _draw(screen: Screen, event: object) -> None:
+    if isinstance(event, Shown):
+        screen.update(event)
+    elif isinstance(event, str):
+        screen.message(event)

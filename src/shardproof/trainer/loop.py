@@ -1,0 +1,436 @@
+"""One rank's part in training: the step that `check` proves, again and again, and what happens in between."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from shardproof.errors import InvariantError, UsageError
+from shardproof.invariants import check_invariants
+from shardproof.parallel import initial, mesh
+from shardproof.parallel.data import cast
+from shardproof.parallel.deferred import build_deferred, fills_first
+from shardproof.parallel.extras import extras_of
+from shardproof.parallel.held import Held, held_parameters
+from shardproof.parallel.loading import LoadedStep, Loader
+from shardproof.parallel.seeding import seed_everything
+from shardproof.ranks import Place
+from shardproof.spec.duration import Duration, parse_duration
+from shardproof.spec.experiment import Batch, Experiment
+from shardproof.spec.loss import LossSum
+from shardproof.spec.parallelism import Parallelism
+from shardproof.spec.training import Training
+from shardproof.train.arrange import arrange
+from shardproof.train.scaling import LossScaler
+from shardproof.train.step import Step, one_step
+from shardproof.trainer.evaluating import Evaluating
+from shardproof.trainer.exchange import Exchange
+from shardproof.trainer.fit import Evaluation, Fit
+from shardproof.trainer.journal import Journal
+from shardproof.trainer.loggers.console import ConsoleLogger
+from shardproof.trainer.precision import COMPUTED_IN, autocasting, weights_in
+from shardproof.trainer.progress import Interval, Progress
+from shardproof.trainer.saving import Saving
+from shardproof.trainer.screen import Shown
+from shardproof.trainer.signals import Termination
+
+
+class Loop:
+    """An experiment laid out on this rank, being trained. What callbacks are given.
+
+    All ranks make one alike, in a default process group of `parallelism.world_size` ranks, and call its methods alike.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        parallelism: Parallelism,
+        training: Training,
+        place: Place,
+        tell: Callable[[object], None] | None = None,
+    ) -> None:
+        """`tell` takes what rank 0 has to show, a `Shown` now and then; also `None`, as a sign of life."""
+        seed = experiment.seed if training.seed is None else training.seed
+        self.experiment = replace(experiment, seed=seed)
+        self.parallelism, self.training = parallelism, training
+        self.rank, self.device = dist.get_rank(), place.device()
+        self.mesh, self.data_group = mesh.build(parallelism, self.device.type)
+        self.data_rank = parallelism.coordinates(self.rank)["dp"]
+        self.dtype = weights_in(training.precision)
+        self.progress = Progress()
+        self.stop_reason = ""
+        """Why training ends; empty while it goes on."""
+        self.loss: Tensor | None = None
+        """This rank's loss of the last step, detached: of its own part, or global for `LossSum`."""
+        self.step_samples = 0
+        """Samples of the last global batch."""
+        self._say = tell
+        with initial.default_dtype(self.dtype):
+            self._build()
+        self._said_s = time.monotonic()
+        self._loss_is_global = False
+        self._exchange = Exchange(
+            data_ranks=parallelism.dp,
+            data_rank=self.data_rank,
+            is_first_peer=parallelism.coordinates(self.rank)["tp"] == 0,
+            device=self.device,
+        )
+        self._journal = Journal(training.loggers if self.rank == 0 else ())
+        for logger in training.loggers:
+            if isinstance(logger, ConsoleLogger) and tell is not None:
+                # Whoever draws the progress bar prints above it.
+                logger.write = tell
+        self.loader_state: dict[str, Any] | None = None
+        self._saving = Saving(self)
+        self._evaluating = Evaluating(self)
+        if training.load_path is not None:
+            self._saving.resume(training.load_path)
+
+    def _build(self) -> None:
+        experiment, training = self.experiment, self.training
+        extras = extras_of(
+            training.activation_checkpointing,
+            experiment.fsdp_units,
+            compiled=training.compile,
+            param_dtype=COMPUTED_IN.get(training.gather_precision or ""),
+        )
+        model, fill = self._unlaid()
+        arranged = arrange(model, experiment, self.mesh, self.parallelism, extras=extras, fill=fill)
+        self.model, self.root = arranged.model, arranged.root
+        """The very object that the layout returned, and the module whose names are the experiment's."""
+        self.optimizer, self.parameters, self.shapes = arranged.optimizer, arranged.parameters, arranged.shapes
+        self.scheduler = self._make_scheduler()
+        self.scaler = LossScaler() if training.precision == "fp16" and experiment.train_step is None else None
+        self.loss_of = autocasting(experiment.loss, training.precision, self.device.type)
+        """The experiment's loss, in the run's precision."""
+        self.template = Step(
+            model=self.model,
+            optimizer=self.optimizer,
+            microbatches=[],
+            loss=self._noted_loss,
+            mesh=self.mesh,
+            parallelism=self.parallelism,
+            max_grad_norm=experiment.max_grad_norm,
+            index=0,
+            data_group=self.data_group,
+            scaler=self.scaler,
+        )
+
+    def _unlaid(self) -> tuple[torch.nn.Module, Callable[[torch.nn.Module, list[Held]], None] | None]:
+        """The model before it is laid out, and what is to give it values afterwards, if anything."""
+        if self.training.init_device != "meta":
+            return initial.build(self.experiment, self.dtype, self.device), None
+        model, recipe = build_deferred(self.experiment, self.dtype)
+        if fills_first(self.parallelism):
+            recipe.fill(model, list(held_parameters(model)), self.device)
+            return model, None
+        return model, lambda root, parameters: recipe.fill(root, parameters, self.device)
+
+    def _make_scheduler(self) -> LRScheduler | None:
+        if self.training.scheduler is None:
+            return None
+        scheduler = self.training.scheduler(self.optimizer)
+        if not isinstance(scheduler, LRScheduler):
+            raise UsageError(
+                f"scheduler returned {type(scheduler).__name__}; it must return a torch.optim.lr_scheduler.LRScheduler"
+            )
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise UsageError(
+                "ReduceLROnPlateau is stepped with a metric, and schedulers are stepped after every optimizer step; "
+                "lower the learning rate in a callback's eval_end instead"
+            )
+        return scheduler
+
+    # What callbacks may call.
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Values of the current step, for the loggers. Does nothing above rank 0."""
+        self._journal.note(self.progress.step, values)
+
+    def stop(self, reason: str) -> None:
+        """End training after this step. All ranks must call it alike."""
+        self.stop_reason = self.stop_reason or reason
+
+    def evaluate(self, data: Any = None) -> dict[str, float]:
+        """The loss and the metrics on `data`, or on the training's `eval_data`; the same on every rank.
+
+        Raises `UsageError` where there is neither.
+        """
+        with self._set_aside():
+            return self._evaluating.evaluate(data)
+
+    def predict(self, data: Any = None, forward: Callable[..., Any] | None = None) -> Any:
+        """Outputs for every sample of `data` (or `eval_data`), in order, on the CPU of rank 0; None on other ranks.
+
+        `forward` is (model, batch) -> output; by default `model(batch[0])` of a tuple, `model(batch)` of a tensor.
+        """
+        with self._set_aside():
+            return self._evaluating.predict(data, forward)
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write a checkpoint to `path`, or under its usual name into `save_folder`, and wait until it is there."""
+        return self._saving.save(path)
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a checkpoint, the newest one of a folder, or with the weights of a `.safetensors` file."""
+        self._saving.load(path)
+
+    def export(self, path: str | Path) -> Path:
+        """Write the whole weights, as one device would hold them, to one safetensors file."""
+        return self._saving.export(path)
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """The whole weights and buffers by canonical name, on the CPU of rank 0; None on other ranks."""
+        return self._saving.whole_state()
+
+    # Training.
+
+    def fit(self, max_duration: str | Duration | None = None) -> Fit:
+        """Train until `max_duration` (the training's, unless another is given), a signal, or a callback says so."""
+        if max_duration is not None:
+            self.training = replace(self.training, max_duration=max_duration)
+        first = self.progress.step
+        self.stop_reason = ""
+        self._losses: list[float] = []
+        self._evaluations: list[Evaluation] = []
+        for callback in self.training.callbacks:
+            callback.fit_start(self)
+        self._watchers = [callback for callback in self.training.callbacks if callback.watches_gradients]
+        if self._watchers and self.experiment.train_step is not None:
+            raise UsageError(
+                f"{type(self._watchers[0]).__name__} watches the gradients of shardproof's own step, and the "
+                "experiment brings its own train_step; log from there instead"
+            )
+        done = False
+        try:
+            self._journal.open(self._about())
+            with initial.default_dtype(self.dtype), Termination() as termination:
+                self._train(termination)
+            self._saving.wait()
+            for callback in self.training.callbacks:
+                callback.fit_end(self)
+            done = True
+        finally:
+            self._journal.close(failed=not done)
+        return Fit(
+            step=self.progress.step,
+            epoch=self.progress.epoch,
+            samples=self.progress.samples,
+            elapsed_s=self.progress.elapsed_s,
+            stop_reason=self.stop_reason,
+            first_step=first,
+            losses=tuple(self._losses),
+            evaluations=tuple(self._evaluations),
+            checkpoint=self._saving.last,
+            sizes=dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)),
+        )
+
+    def _train(self, termination: Termination) -> None:
+        training = self.training
+        until = self._until = parse_duration(training.max_duration)
+        self._clock_start = time.monotonic() - self.progress.elapsed_s
+        self._exchange.start(self.progress.elapsed_s)
+        eval_due = Interval(parse_duration(training.eval_interval), self.progress)
+        save_due = Interval(parse_duration(training.save_interval), self.progress)
+        loader = Loader(
+            self.experiment,
+            data_rank=self.data_rank,
+            data_ranks=self.parallelism.dp,
+            seed=self.experiment.seed,
+            shuffle=training.shuffle,
+            workers=training.workers,
+            mesh=self.mesh,
+            parallelism=self.parallelism,
+        )
+        self._steps_per_epoch = loader.steps_per_epoch
+        if self.loader_state is not None:
+            loader.load_state_dict(self.loader_state)
+        evaluated = saved = -1
+        try:
+            steps, epoch_starts = iter(loader), True
+            while not self.stop_reason and not self.progress.reached(until):
+                loaded = next(steps)
+                if epoch_starts:
+                    self._tell("epoch_start")
+                epoch_starts = loaded.last
+                self._one(loaded)
+                if self._exchange.due or loaded.last or self.progress.reached(until):
+                    self._exchange_losses(termination)
+                if loaded.last:
+                    self._tell("epoch_end")
+                if eval_due.due(self.progress) and training.eval_data is not None:
+                    evaluated = self._evaluate_now()
+                if save_due.due(self.progress) and training.save_folder is not None:
+                    saved = self._save_now()
+            self._exchange_losses(termination)
+        finally:
+            loader.close()
+        self.stop_reason = self.stop_reason or "max_duration"
+        # Who is told to end has no time for more than a checkpoint.
+        if training.eval_data is not None and evaluated != self.progress.step and self.stop_reason != "SIGTERM":
+            self._evaluate_now()
+        if training.save_folder is not None and saved != self.progress.step:
+            self._save_now()
+        self._journal.flush()
+
+    def _one(self, loaded: LoadedStep) -> None:
+        """One optimizer step."""
+        index = self.progress.step
+        self._tell("step_start")
+        seed_everything(self.experiment.seed, index + 1, self.data_rank)
+        step = replace(
+            self.template,
+            index=index,
+            microbatches=[cast(part.batch, self.dtype, self.device) for part in loaded.microbatches],
+            weights=tuple(part.weight for part in loaded.microbatches),
+        )
+        logged = one_step(self.experiment, step, self.parameters, self if self._watchers else None)
+        self.loss = logged if isinstance(logged, Tensor) else torch.tensor(float(logged))
+        self._exchange.add(logged, is_global=self._loss_is_global and self.experiment.train_step is None)
+        self.step_samples = loaded.samples
+        self.progress = self.progress.after(loaded.samples, epoch_ended=loaded.last)
+        self.loader_state = loaded.state
+        # After an overflow the optimizer did not step, and so does not the scheduler.
+        if self.scheduler is not None and not (self.scaler is not None and self.scaler.skipped):
+            self.scheduler.step()
+        if self.training.check_every is not None and self.progress.step % self.training.check_every == 0:
+            self._check(step.microbatches)
+        self._tell("step_end")
+
+    def _noted_loss(self, model: torch.nn.Module, batch: Batch) -> Tensor | LossSum:
+        loss: Tensor | LossSum = self.loss_of(model, batch)
+        self._loss_is_global = isinstance(loss, LossSum)
+        return loss
+
+    def gradients(self) -> None:
+        """The step says that gradients are complete."""
+        for callback in self._watchers:
+            callback.gradients(self)
+
+    def norm(self, norm: Tensor) -> None:
+        """The step says what the norm is; callbacks that want it ask for it themselves."""
+
+    def _check(self, microbatches: list[Batch]) -> None:
+        found = check_invariants(
+            self.model, self.optimizer, mesh=self.mesh, batch=microbatches, shapes=self.shapes, data_axes=_DATA_AXES
+        )
+        # Our own loader never reads a sample twice; a data set may hold the same content twice.
+        if self.experiment.batches is None:
+            found = [violation for violation in found if not violation.same]
+        if not found:
+            return
+        error = InvariantError(found)
+        if self.training.check_action == "stop":
+            raise error
+        if self.rank == 0:
+            warnings.warn(f"after step {self.progress.step}: {error}", stacklevel=2)
+
+    def _exchange_losses(self, termination: Termination) -> None:
+        """Learn every rank's losses, and whether one of them is to stop."""
+        told = self._exchange.run(stop=termination.requested, elapsed_s=time.monotonic() - self._clock_start)
+        if told.stop:
+            self.stop("SIGTERM")
+        first = self.progress.step - len(told.losses)
+        rate = None
+        if told.losses and told.elapsed_s > self.progress.elapsed_s:
+            rate = len(told.losses) * self.experiment.batch_size / (told.elapsed_s - self.progress.elapsed_s)
+        self.progress = replace(self.progress, elapsed_s=told.elapsed_s)
+        self._losses += told.losses
+        for at, loss in enumerate(told.losses):
+            self._journal.note(first + at + 1, {"train/loss": loss})
+        for callback in self.training.callbacks:
+            callback.losses(self, first, told.losses)
+        self._journal.flush()
+        self._say_to_caller(self._shown(rate))
+
+    def alive(self) -> None:
+        """Say so, from work that may take long; all ranks wait for each other, so that one speaks for them."""
+        if time.monotonic() - self._said_s > _SIGN_OF_LIFE_S:
+            self._say_to_caller(None)
+
+    def _say_to_caller(self, what: object) -> None:
+        self._said_s = time.monotonic()
+        if self._say is not None and self.rank == 0:
+            self._say(what)
+
+    def _evaluate_now(self) -> int:
+        results = self.evaluate()
+        self._evaluations.append(Evaluation(step=self.progress.step, results=results))
+        self.log({f"eval/{name}": value for name, value in results.items()})
+        for callback in self.training.callbacks:
+            callback.eval_end(self, results)
+        self._journal.flush()
+        return self.progress.step
+
+    def _save_now(self) -> int:
+        path = self._saving.save_on_the_way()
+        for callback in self.training.callbacks:
+            callback.saved(self, path)
+        return self.progress.step
+
+    def _tell(self, event: str) -> None:
+        for callback in self.training.callbacks:
+            getattr(callback, event)(self)
+
+    def _shown(self, rate: float | None) -> Shown:
+        duration, per_epoch = self._until, self._steps_per_epoch
+        total = {
+            "ba": duration.count,
+            "ep": None if per_epoch is None else duration.count * per_epoch,
+            "sp": -(-duration.count // self.experiment.batch_size),
+            "s": None,
+        }[duration.unit]
+        samples_per_epoch = None if per_epoch is None else per_epoch * self.experiment.batch_size
+        return Shown(
+            step=self.progress.step,
+            total_steps=None if total is None else int(total),
+            epoch=self.progress.epoch,
+            fraction=self.progress.share(duration, samples_per_epoch),
+            loss=self._losses[-1] if self._losses else None,
+            samples_per_s=rate,
+            lr=float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else None,
+        )
+
+    def _about(self) -> dict[str, Any]:
+        """What a logger is told of the run."""
+        return {
+            "strategy": self.parallelism.strategy,
+            "ranks": self.parallelism.world_size,
+            **dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)),
+            "device": str(self.device.type),
+            "precision": self.training.precision,
+            "batch_size": self.experiment.batch_size,
+            "microbatches": self.experiment.microbatches,
+            "seed": self.experiment.seed,
+            "max_duration": str(self.training.max_duration),
+            "max_grad_norm": self.experiment.max_grad_norm,
+            "parameters": sum(torch.Size(shape).numel() for shape in self.shapes.values()),
+            "optimizer": type(self.optimizer).__name__,
+            "first_step": self.progress.step,
+        }
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Evaluation mode without gradients inside; afterwards every module is in the mode in which it was."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.no_grad(), initial.default_dtype(self.dtype):
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+_SIGN_OF_LIFE_S = 2.0
+_DATA_AXES = ("dp_replicate", "dp_shard")

@@ -1,0 +1,175 @@
+"""What a run saves beside its tensors, when, and how it goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from shardproof.checkpoint import folder, load, save
+from shardproof.checkpoint.export import write_whole
+from shardproof.checkpoint.placed import Declared
+from shardproof.checkpoint.together import own_group, rank_of, together
+from shardproof.checkpoint.whole import whole_state
+from shardproof.errors import CheckpointError, UsageError
+from shardproof.parallel.loading import joined
+from shardproof.trainer.progress import Progress
+
+if TYPE_CHECKING:
+    from shardproof.trainer.loop import Loop
+
+
+class Saving:
+    """The checkpoints of a `Loop`."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._pending: save.Pending | None = None
+        self.last: Path | None = None
+        """The checkpoint that was saved last."""
+        placements = loop.experiment.placements
+        self._declared = None if placements is None else Declared(placements, loop.mesh)
+
+    def save_on_the_way(self) -> Path:
+        """Write a checkpoint under its usual name, in the background where the training says so."""
+        if not self._loop.training.save_async:
+            return self.save(None)
+        self.wait()
+        loop, path = self._loop, self._path(None)
+        self._pending = save.save_async(
+            path,
+            loop.root,
+            loop.parameters,
+            loop.optimizer,
+            self._extra(),
+            declared=self._declared,
+            keep=loop.training.keep,
+        )
+        self.last = path
+        return path
+
+    def save(self, path: str | Path | None) -> Path:
+        """Write a checkpoint, and wait until it is there."""
+        self.wait()
+        loop = self._loop
+        keep = loop.training.keep if path is None else None
+        path = self._path(path)
+        save.save(path, loop.root, loop.parameters, loop.optimizer, self._extra(), declared=self._declared, keep=keep)
+        self.last = path
+        return path
+
+    def wait(self) -> None:
+        """Until a checkpoint that is being written is there. Raises `CheckpointError` where it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+    def resume(self, path: str | Path) -> None:
+        """Start from what `Training.load_path` says."""
+        saved = self._loop.training.save_folder
+        if path == "auto" and saved is not None:
+            group = own_group()
+            # One rank tidies up after a save that was killed, before all look.
+            together(lambda: folder.clean(Path(saved)) if rank_of(group) == 0 else None, group)
+            newest = folder.newest(Path(saved))
+            if newest is not None:
+                self.load(newest)
+            return
+        self.load(path)
+
+    def load(self, path: str | Path) -> None:
+        """Weights, optimizer, scheduler, scaler, callbacks, and the place in the data; or weights alone."""
+        self.wait()
+        loop, path = self._loop, Path(path)
+        if path.suffix == ".safetensors":
+            load.load_weights(path, loop.root, loop.parameters, declared=self._declared)
+            return
+        # What of this run would not go on is said before anything is overwritten.
+        self._refuse(load.read_extra(path), path)
+        extra = load.load(path, loop.root, loop.parameters, loop.optimizer, declared=self._declared)
+        self._restore(extra)
+
+    def export(self, path: str | Path) -> Path:
+        """The whole weights in one safetensors file."""
+        path = Path(path)
+        state = self.whole_state()
+
+        together(lambda: write_whole(state, path) if state is not None else None, own_group())
+        return path
+
+    def whole_state(self) -> dict[str, Tensor] | None:
+        """The whole weights on rank 0."""
+        self.wait()
+        return whole_state(self._loop.parameters, self._loop.root, declared=self._declared)
+
+    def _path(self, path: str | Path | None) -> Path:
+        if path is not None:
+            return Path(path)
+        saved = self._loop.training.save_folder
+        if saved is None:
+            raise UsageError("save() needs a path, as the Trainer has no save_folder")
+        return Path(saved) / folder.step_name(self._loop.progress.step)
+
+    def _extra(self) -> dict[str, Any]:
+        loop = self._loop
+        return {
+            "progress": loop.progress.state_dict(),
+            "loader": self._loader_state(),
+            "scheduler": None if loop.scheduler is None else loop.scheduler.state_dict(),
+            "scaler": None if loop.scaler is None else loop.scaler.state_dict(),
+            "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in loop.training.callbacks],
+            "run": {
+                "strategy": loop.parallelism.strategy,
+                "ranks": loop.parallelism.world_size,
+                "precision": loop.training.precision,
+                "batch_size": loop.experiment.batch_size,
+                "seed": loop.experiment.seed,
+            },
+        }
+
+    def _loader_state(self) -> dict[str, Any] | None:
+        """The place in the data; in a loader of the user's own, every rank has one of its own."""
+        loop = self._loop
+        if loop.loader_state is None or loop.experiment.batches is None:
+            return loop.loader_state
+        states: list[Any] = [None] * loop.parallelism.world_size
+        dist.all_gather_object(states, loop.loader_state)
+        return joined(states)
+
+    def _refuse(self, extra: Mapping[str, Any], path: Path) -> None:
+        loop = self._loop
+        if "progress" not in extra:
+            raise CheckpointError(
+                f"{path} holds no training run: another program wrote it; export it and load its weights alone"
+            )
+        for name, ours in (("seed", loop.experiment.seed), ("batch_size", loop.experiment.batch_size)):
+            theirs = extra["run"][name]
+            if theirs != ours:
+                raise CheckpointError(
+                    f"{path} is of a run with {name} {theirs}, and this one has {ours}, which would read other samples "
+                    f"from here on; give {name} {theirs}, or export the checkpoint and load its weights alone"
+                )
+        if (extra["scheduler"] is None) != (loop.scheduler is None):
+            there, here = ("a", "none") if loop.scheduler is None else ("no", "one")
+            raise CheckpointError(
+                f"{path} holds {there} scheduler's state, and this run has {here}: the learning rate would change "
+                "under way; give the Trainer the same scheduler=..., or load the exported weights alone"
+            )
+
+    def _restore(self, extra: Mapping[str, Any]) -> None:
+        loop = self._loop
+        loop.progress = Progress(**extra["progress"])
+        loop.loader_state = extra["loader"]
+        if loop.scheduler is not None:
+            loop.scheduler.load_state_dict(extra["scheduler"])
+        if loop.scaler is not None and extra["scaler"] is not None:
+            loop.scaler.load_state_dict(extra["scaler"])
+        saved = list(extra["callbacks"])
+        for callback in loop.training.callbacks:
+            own = next((entry for entry in saved if entry[0] == type(callback).__name__), None)
+            if own is not None:
+                saved.remove(own)
+                callback.load_state_dict(own[1])
