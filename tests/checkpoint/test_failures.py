@@ -140,6 +140,9 @@ class OnRanks:
             trained.fill(4.0)
             for state in trained.optimizer.state.values():
                 state["exp_avg"].fill_(4.0)
+            # Training goes on, with collectives of its own.
+            trained.model(torch.ones(2, 64)).sum().backward()
+            trained.fill(4.0)
             second = save_async(path / "step-00000003", *arguments, keep=2)
             assert pending.done
             pending.wait()
@@ -220,6 +223,19 @@ def test_a_rank_that_cannot_say_what_to_save_stops_all(ranks: Ranks, tmp_path: P
     assert found[0] == found[1]
     assert "rank 1: extra['model'] is a object, which a checkpoint cannot hold" in found[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="exists and is no checkpoint; saving there would delete it"):
+        save_one(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def save_one(path: Path) -> None:
+    """Save a model without any ranks."""
+    model = nn.Linear(2, 2)
+    save(path, model, list(held_parameters(model)), None)
 
 
 def test_a_checkpoint_is_replaced_by_one_of_the_same_name(ranks: Ranks, good: Path) -> None:
@@ -305,9 +321,7 @@ def test_a_damaged_header_is_refused(ranks: Ranks, good: Path) -> None:
     content = bytearray(file.read_bytes())
     content[8:40] = b"\xff" * 32
     file.write_bytes(content)
-    found = ranks.call("loads", good)
-    assert "rank-00000.safetensors is damaged" in found[0][0]
-    assert found[0][0] == found[1][0]
+    assert "rank-00000.safetensors is damaged" in refused(ranks, good)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(ranks: Ranks, good: Path) -> None:

@@ -114,6 +114,13 @@ class LaidOut:
         settle_gradients(self.parameters)
         self.optimizer.step()
 
+    def spoil(self) -> None:
+        """Overwrite everything that a checkpoint holds."""
+        for _, _, local in self._live():
+            local.detach().fill_(-1)
+        for group in self.optimizer.param_groups:
+            group.update(lr=-1.0, betas=(-1.0, -1.0), weight_decay=-1.0)
+
     def differences(self, path: Path) -> list[str]:
         """Names of what this rank holds otherwise than the checkpoint, and of what either lacks."""
         whole = load_file(path.with_suffix(".whole"))
@@ -160,11 +167,12 @@ class OnRanks:
         found: dict[str, object] = {}
         with place.world(f"loaded {layout}", LAYOUTS[layout]):
             laid_out = LaidOut(layout, seed=2)
+            laid_out.step()
             for number, other in enumerate(others):
+                # Checkpoints of different layouts hold nearly the same values: none must stay from the last one.
+                laid_out.spoil()
                 if number % 2:
-                    # Optimizer state is there, and written over; otherwise it has to be made.
-                    laid_out.step()
-                else:
+                    # There is no state to be written over; it has to be made.
                     laid_out.optimizer = build_optimizer(EXPERIMENT, laid_out.root)
                 extra = load(folder / other, laid_out.root, laid_out.parameters, laid_out.optimizer)
                 options = [
@@ -174,6 +182,7 @@ class OnRanks:
                 found[other] = (laid_out.differences(folder / other), options, extra)
             # What was loaded can be trained.
             laid_out.step()
+            assert all(local.isfinite().all() for _, _, local in laid_out._live())
         return found
 
     def whole(self, place: Place, layout: str) -> object:

@@ -52,16 +52,31 @@ def writing_name(path: Path) -> Path:
 def put(written: Path, path: Path) -> None:
     """Give a complete checkpoint its final name, in place of an older one of that name if there is one.
 
-    Wherever this is interrupted, `recover` finds one of the two whole. Raises `OSError`.
+    Wherever this is interrupted, `recover` finds one of the two whole. Raises `OSError`, and
+    `CheckpointError` where something else bears that name.
     """
     folder_to_disk(written)
     recover(path)
+    refuse_strangers(path)
     replaced = _replaced(path)
     if path.exists():
         path.rename(replaced)
-    written.rename(path)
+    try:
+        written.rename(path)
+    except OSError:
+        recover(path)
+        raise
     folder_to_disk(path.parent)
     _let_go([replaced] if replaced.exists() else [])
+
+
+def refuse_strangers(path: Path) -> None:
+    """Raise `CheckpointError` where `path` is anything but a checkpoint: saving there would delete it."""
+    if path.exists() and not (path / index.FILE_NAME).is_file():
+        raise CheckpointError(
+            f"{path} exists and is no checkpoint; saving there would delete it. Save to a new folder inside, "
+            f"as {path / step_name(500)}"
+        )
 
 
 def recover(path: Path) -> None:
@@ -120,10 +135,7 @@ def clean(folder: Path) -> None:
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint that `path` means: itself, or the newest one inside.
-
-    Raises `CheckpointError` where there is none.
-    """
+    """The checkpoint that `path` means: itself, or the newest one inside. Whether there is any, reading will tell."""
     found = Path(path)
     if _replaced(found).is_dir() and not found.exists():
         recover(found)

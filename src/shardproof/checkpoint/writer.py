@@ -75,6 +75,7 @@ class FolderWriter(StorageWriter):
             for name, entries in plan.storage_data.items():
                 self.entries.setdefault(name, {}).update(entries)
         hidden = folder.writing_name(self.path)
+        folder.refuse_strangers(self.path)
         with _told(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             hidden.mkdir()
