@@ -19,7 +19,7 @@ from shardproof.spec.patterns import select
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extras:
-    """Nothing of it changes what is computed, but `param_dtype`."""
+    """Nothing of it changes what is computed, but `param_dtype`. The defaults are what a check does."""
 
     compiled: bool = False
     """Whether each FSDP unit, or the whole model where there is none, is compiled."""
@@ -29,6 +29,10 @@ class Extras:
 
     param_dtype: torch.dtype | None = None
     """What FSDP casts parameters to before it gathers them; None gathers them as they are."""
+
+    unused_parameters: bool = True
+    """Whether DDP looks, in every step, for parameters that the loss does not depend on. It costs a walk over the graph
+    and a reduction; without it, such a parameter leaves its whole bucket unreduced."""
 
     @property
     def policy(self) -> MixedPrecisionPolicy:

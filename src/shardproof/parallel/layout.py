@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,7 +33,7 @@ def lay_out(
     """
     extras = extras or Extras()
     if experiment.parallelize is not None:
-        if extras != Extras():
+        if replace(extras, unused_parameters=True) != Extras():
             raise UsageError(
                 "Experiment.parallelize lays the model out, so that compile, activation_checkpointing and "
                 "gather_precision are its own to see to; leave them out of the Training"
@@ -65,7 +67,7 @@ def lay_out(
         return (
             sharded(model, [], mesh, replicas=parallelism.dp_replicate)
             if parallelism.tp > 1
-            else replicated(model, mesh)
+            else replicated(model, mesh, unused_parameters=extras.unused_parameters)
         )
     return model
 
@@ -77,14 +79,13 @@ def unit_names(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     return sorted(names, key=lambda name: -name.count("."))
 
 
-def replicated(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def replicated(model: nn.Module, mesh: DeviceMesh, *, unused_parameters: bool) -> nn.Module:
     """DistributedDataParallel over the data axes."""
     return DistributedDataParallel(
         model,
         device_ids=[torch.cuda.current_device()] if mesh.device_type == "cuda" else None,
         process_group=mesh["dp_replicate"].get_group(),
-        # A parameter that gets no gradient would otherwise leave its whole bucket unreduced, in silence.
-        find_unused_parameters=True,
+        find_unused_parameters=unused_parameters,
     )
 
 

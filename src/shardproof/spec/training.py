@@ -103,6 +103,10 @@ class Training:
     check_action: Literal["stop", "warn"] = "stop"
     """What a violation does: raise `InvariantError`, or warn and train on."""
 
+    unused_parameters: bool = False
+    """For DDP: whether parameters may be left without a gradient in some step (modules that are not always called).
+    Looking for them costs time in every step; without it, such a step is an error, never a wrong sum."""
+
     init_device: Literal["cpu", "meta"] = "cpu"
     """`meta` builds the model without storage and then initialises each rank's shards alone, to the same values."""
 
@@ -172,6 +176,7 @@ class Changes(TypedDict, total=False):
     workers: int
     check_every: int | None
     check_action: Literal["stop", "warn"]
+    unused_parameters: bool
     init_device: Literal["cpu", "meta"]
 
 

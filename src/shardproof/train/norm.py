@@ -21,22 +21,19 @@ Groups = tuple[dist.ProcessGroup, ...]
 
 def total_norm(parameters: list[Held], mesh: DeviceMesh) -> Tensor:
     """2-norm of all gradients as one device would compute it; shape `()`, the same on every rank."""
-    sums: dict[Groups, Tensor] = {}
-    # In the order of the parameters, which is the same on every rank: names of groups are not.
-    kinds: dict[Groups, None] = {}
+    gradients: dict[Groups, list[Tensor]] = {}
     for held in parameters:
-        groups = _sharded_over(held, mesh)
-        # Every rank must take part in the same reductions, also for a parameter of which it holds nothing.
-        kinds[groups] = None
-        if held.leaf.grad is None:
-            continue
-        local = held.local(held.leaf.grad)
-        squares = local.detach().to(_accumulate(local.dtype)).square().sum()
-        sums[groups] = sums[groups] + squares if groups in sums else squares
+        # In the order of the parameters, which is the same on every rank: names of groups are not. Every rank must take
+        # part in the same reductions, also for a parameter of which it holds nothing.
+        own = gradients.setdefault(_sharded_over(held, mesh), [])
+        if held.leaf.grad is not None:
+            local = held.local(held.leaf.grad).detach()
+            own.append(torch.view_as_real(local) if local.is_complex() else local)
+    sums = {groups: _squares(own) for groups, own in gradients.items() if own}
     device = plain(parameters[0].leaf).device
     dtype = max((s.dtype for s in sums.values()), key=lambda d: d.itemsize, default=torch.get_default_dtype())
     total = torch.zeros((), dtype=dtype, device=device)
-    for groups in kinds:
+    for groups in gradients:
         part = sums.get(groups, torch.zeros((), dtype=dtype, device=device)).to(dtype)
         for group in groups:
             dist.all_reduce(part, group=group)
@@ -51,9 +48,18 @@ EPSILON = 1e-6
 def clip_(parameters: list[Held], norm: Tensor, max_norm: float, epsilon: float = EPSILON) -> None:
     """Scale all gradients in place so that their norm is at most `max_norm`, by torch's formula."""
     coefficient = (max_norm / (norm + epsilon)).clamp(max=1.0)
-    grads = {id(held.leaf): held.leaf.grad for held in parameters if held.leaf.grad is not None}
-    for grad in grads.values():
-        scale_([grad], coefficient.to(plain(grad).dtype))
+    by_dtype: dict[torch.dtype, dict[int, Tensor]] = {}
+    for held in parameters:
+        if held.leaf.grad is not None:
+            by_dtype.setdefault(held.leaf.grad.dtype, {})[id(held.leaf)] = held.leaf.grad
+    for dtype, grads in by_dtype.items():
+        scale_(list(grads.values()), coefficient.to(dtype))
+
+
+def _squares(gradients: list[Tensor]) -> Tensor:
+    """Sum of the squares of all elements; all gradients at once, as a loop in Python costs more than the sums."""
+    dtype = max((_accumulate(gradient.dtype) for gradient in gradients), key=lambda d: d.itemsize)
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype)).square().sum()
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:

@@ -28,6 +28,18 @@ def gradient_sync(model: nn.Module, due: bool) -> Iterator[None]:
         yield
 
 
+def unreduced(model: nn.Module) -> bool:
+    """Whether DDP still waits for gradients that this step's backward pass did not bring, and so reduced nothing of the
+    buckets that they lie in. To be asked after the last backward pass, where DDP does not look for them itself."""
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters or model.static_graph:
+        return False
+    try:
+        model.reducer._check_reducer_finalized()
+    except RuntimeError:
+        return True
+    return False
+
+
 def _is_static(module: nn.Module) -> bool:
     """Whether DDP was told that its graph never changes.
 

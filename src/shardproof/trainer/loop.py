@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from shardproof.errors import InvariantError, UsageError
+from shardproof.errors import ExperimentError, InvariantError, UsageError
 from shardproof.invariants import check_invariants
 from shardproof.parallel import initial, mesh
 from shardproof.parallel.data import cast
@@ -33,6 +33,7 @@ from shardproof.spec.training import Training
 from shardproof.train.arrange import arrange
 from shardproof.train.scaling import LossScaler
 from shardproof.train.step import Step, one_step
+from shardproof.train.sync import unreduced
 from shardproof.trainer.evaluating import Evaluating
 from shardproof.trainer.exchange import Exchange
 from shardproof.trainer.fit import Evaluation, Fit
@@ -103,6 +104,7 @@ class Loop:
             experiment.fsdp_units,
             compiled=training.compile,
             param_dtype=COMPUTED_IN.get(training.gather_precision or ""),
+            unused_parameters=training.unused_parameters,
         )
         model, fill = self._unlaid()
         arranged = arrange(model, experiment, self.mesh, self.parallelism, extras=extras, fill=fill)
@@ -295,6 +297,8 @@ class Loop:
             weights=tuple(part.weight for part in loaded.microbatches),
         )
         logged = one_step(self.experiment, step, self.parameters, self if self._watchers else None)
+        if self.experiment.parallelize is None and unreduced(self.model):
+            raise self._without_gradient()
         self.loss = logged if isinstance(logged, Tensor) else torch.tensor(float(logged))
         self._exchange.add(logged, is_global=self._loss_is_global and self.experiment.train_step is None)
         self.step_samples = loaded.samples
@@ -306,6 +310,15 @@ class Loop:
         if self.training.check_every is not None and self.progress.step % self.training.check_every == 0:
             self._check(step.microbatches)
         self._tell("step_end")
+
+    def _without_gradient(self) -> ExperimentError:
+        names = [held.name for held in self.parameters if held.leaf.requires_grad and held.leaf.grad is None]
+        named = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "") or "some parameters"
+        return ExperimentError(
+            f"step {self.progress.step}: the loss on rank {self.rank} does not depend on {named}, and DDP was not told "
+            "that this may be, so that gradients beside them were not reduced; give unused_parameters=True, or freeze "
+            "what is never trained (requires_grad=False)"
+        )
 
     def _noted_loss(self, model: torch.nn.Module, batch: Batch) -> Tensor | LossSum:
         loss: Tensor | LossSum = self.loss_of(model, batch)
