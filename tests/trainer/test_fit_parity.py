@@ -168,7 +168,7 @@ def cases() -> Iterator[tuple[str, str, str, int]]:
             yield strategy, model, precision, per_rank
 
 
-@pytest.mark.parametrize(("strategy", "model", "precision", "per_rank"), cases())
+@pytest.mark.parametrize(("strategy", "model", "precision", "per_rank"), list(cases()))
 def test_twenty_steps_are_those_of_one_device(
     ranks: Ranks, model: str, strategy: str, precision: str, per_rank: int
 ) -> None:
