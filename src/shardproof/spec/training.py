@@ -77,6 +77,9 @@ class Training:
     """What to start from: a checkpoint, a folder of checkpoints (the newest is taken), a `.safetensors` file (weights
     alone), or `auto`: the newest in `save_folder` where there is one."""
 
+    load_weights_only: bool = False
+    """Whether `load_path` gives its weights alone, to start a training of its own from them."""
+
     seed: int | None = None
     """In place of the experiment's seed."""
 
@@ -167,6 +170,7 @@ class Changes(TypedDict, total=False):
     keep: int | None
     save_async: bool
     load_path: str | Path | None
+    load_weights_only: bool
     seed: int | None
     device: Literal["cpu", "cuda"]
     compile: bool

@@ -66,11 +66,12 @@ class Exchange:
         """Exchange what was collected. A collective over the default process group."""
         steps = len(self._losses)
         told = torch.zeros(steps + 2, dtype=torch.float64, device=self._device)
-        for at, (loss, is_global) in enumerate(zip(self._losses, self._is_global, strict=True)):
-            if self._speaks_for_all or (self._speaks and not is_global):
-                told[at] = (loss.detach().reshape(()) if isinstance(loss, Tensor) else loss) / (
-                    1 if is_global else self._data_ranks
-                )
+        if steps and self._speaks:
+            own = torch.stack([_number(loss).to(self._device) for loss in self._losses])
+            is_global = torch.tensor(self._is_global, device=self._device)
+            # Chosen, not multiplied by zero: a loss may be NaN.
+            whole = own if self._speaks_for_all else torch.zeros_like(own)
+            told[:steps] = torch.where(is_global, whole, own / self._data_ranks)
         told[steps] = float(stop)
         if dist.get_rank() == 0:
             told[steps + 1] = elapsed_s
@@ -88,3 +89,8 @@ class Exchange:
         # Grown slowly: the first steps are slower than the others, or much faster than the one after.
         self._every = max(1, min(int(EVERY_S / per_step_s), 4 * steps, MOST_STEPS))
         self._last_s = elapsed_s
+
+
+def _number(loss: Tensor | float) -> Tensor:
+    """Shape `()`, in float64."""
+    return torch.as_tensor(loss).detach().reshape(()).to(torch.float64)

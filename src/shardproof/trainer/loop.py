@@ -23,6 +23,7 @@ from shardproof.parallel.deferred import build_deferred, fills_first
 from shardproof.parallel.extras import extras_of
 from shardproof.parallel.held import Held, held_parameters
 from shardproof.parallel.loading import LoadedStep, Loader
+from shardproof.parallel.names import canonical_buffers
 from shardproof.parallel.seeding import seed_everything
 from shardproof.ranks import Place
 from shardproof.spec.duration import Duration, parse_duration
@@ -183,9 +184,9 @@ class Loop:
         """Write a checkpoint to `path`, or under its usual name into `save_folder`, and wait until it is there."""
         return self._saving.save(path)
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, weights_only: bool = False) -> None:
         """Go on from a checkpoint, the newest one of a folder, or with the weights of a `.safetensors` file."""
-        self._saving.load(path)
+        self._saving.load(path, weights_only=weights_only)
 
     def export(self, path: str | Path) -> Path:
         """Write the whole weights, as one device would hold them, to one safetensors file."""
@@ -194,6 +195,15 @@ class Loop:
     def state_dict(self) -> dict[str, Tensor] | None:
         """The whole weights and buffers by canonical name, on the CPU of rank 0; None on other ranks."""
         return self._saving.whole_state()
+
+    def sharded_state_dict(self) -> dict[str, Tensor]:
+        """What this rank holds of the weights and buffers, by canonical name: DTensors where there are any.
+
+        Under FSDP1 a parameter is the stretch of it that this rank holds, flat.
+        """
+        state = {held.name: held.leaf.detach() for held in self.parameters}
+        buffers = {name: buffer for name, buffer in canonical_buffers(self.root) if isinstance(buffer, Tensor)}
+        return state | buffers
 
     # Training.
 

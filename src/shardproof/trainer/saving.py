@@ -78,14 +78,17 @@ class Saving:
             if newest is not None:
                 self.load(newest)
             return
-        self.load(path)
+        self.load(path, weights_only=self._loop.training.load_weights_only)
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Weights, optimizer, scheduler, scaler, callbacks, and the place in the data; or weights alone."""
         self.wait()
         loop, path = self._loop, Path(path)
         if path.suffix == ".safetensors":
             load.load_weights(path, loop.root, loop.parameters, declared=self._declared)
+            return
+        if weights_only:
+            load.load(path, loop.root, loop.parameters, None, declared=self._declared)
             return
         # What of this run would not go on is said before anything is overwritten.
         self._refuse(load.read_extra(path), path)

@@ -118,12 +118,12 @@ class Trainer:
         saved: Path = self._crew.call("save", None if path is None else Path(path).absolute())
         return saved
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Go on from a checkpoint of any layout, the newest one of a folder, or with the weights of a `.safetensors`.
 
-        Raises `CheckpointError` where it is missing, damaged or of another model.
+        With `weights_only` a checkpoint gives its weights and buffers alone, and training starts anew from them. Raises `CheckpointError` where it is missing, damaged or of another model.
         """
-        self._crew.call("load", Path(path).absolute())
+        self._crew.call("load", Path(path).absolute(), weights_only)
 
     def export(self, path: str | Path) -> Path:
         """Write the whole weights under their plain names to one safetensors file."""
