@@ -121,7 +121,8 @@ class Trainer:
     def load(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Go on from a checkpoint of any layout, the newest one of a folder, or with the weights of a `.safetensors`.
 
-        With `weights_only` a checkpoint gives its weights and buffers alone, and training starts anew from them. Raises `CheckpointError` where it is missing, damaged or of another model.
+        With `weights_only` a checkpoint gives its weights and buffers alone, and training starts anew from them.
+        Raises `CheckpointError` where it is missing, damaged or of another model.
         """
         self._crew.call("load", Path(path).absolute(), weights_only)
 
