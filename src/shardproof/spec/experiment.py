@@ -32,7 +32,10 @@ class Experiment:
     """Builds the whole, unsharded model. Called under the experiment's seed, on every rank."""
 
     data: Any
-    """A map-style dataset (`len` and `[i]`), or a function that returns one. A sample is a tensor, tuple or dict."""
+    """A map-style dataset (`len` and `[i]`), or a function that returns one. A sample is a tensor, tuple or dict.
+
+    `sp.Trainer` takes a stream as well: an iterable of samples, or a function that returns one.
+    """
 
     loss: Callable[[nn.Module, Batch], Tensor | LossSum]
     """The mean loss of a batch (a tensor of shape `()`), or `LossSum` where the mean is not over samples."""

@@ -33,7 +33,7 @@ class Training:
     """When to stop, counted from the first step of all, not from a resumption: `2ep`, `500ba`, `100000sp`, `1h`."""
 
     eval_data: Any = None
-    """A map-style dataset, or a function that returns one, to evaluate on; None for no evaluation."""
+    """A map-style dataset or a stream, or a function that returns one, to evaluate on; None for no evaluation."""
 
     eval_interval: str | Duration = "1ep"
     """How often to evaluate. The end of training is always evaluated."""
@@ -42,24 +42,25 @@ class Training:
     """Samples per evaluation batch, over all ranks; the experiment's `batch_size` where None."""
 
     metrics: Any = None
-    """What to measure on `eval_data` beside the loss: a torchmetrics Metric, {name: Metric}, `sp.Metrics`, or a
-    function that returns one of these (torchmetrics is slow to import)."""
+    """What to measure on `eval_data` beside the loss: a torchmetrics Metric or MetricCollection, {name: Metric},
+    `sp.Metrics`, or a function that returns one of these (torchmetrics is slow to import)."""
 
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
-    """Makes the learning rate scheduler, which is stepped after every optimizer step."""
+    """Makes the learning rate scheduler, which is stepped after every optimizer step; not ReduceLROnPlateau."""
 
     precision: Precision = "fp32"
     """`fp32`, `fp64`, or autocast to `bf16` or `fp16` over float32 weights; `fp16` scales the loss by itself."""
 
     gather_precision: Literal["bf16", "fp16"] | None = None
-    """What FSDP casts parameters to before it gathers them. Halves its traffic, and rounds parameters that autocast
-    would have left alone (norms, embeddings), so that FSDP no longer computes the very same as other layouts."""
+    """What FSDP casts parameters to before it gathers them, beside the same `precision`. Halves the traffic of gathers,
+    and rounds parameters that autocast would have left alone (norms, embeddings), so that FSDP no longer computes the
+    very same as other layouts, which ignore it."""
 
     callbacks: Sequence[Callback] = ()
     """Called at the events of `sp.Callback`, on every rank, in this order."""
 
     loggers: Sequence[Logger] = ()
-    """Where values go, from rank 0 alone."""
+    """Where values go, from rank 0 alone. The command line adds a `ConsoleLogger`."""
 
     save_folder: str | Path | None = None
     """Where checkpoints go, one folder each, `step-00000500`; None for no checkpoints."""
@@ -68,7 +69,7 @@ class Training:
     """How often to save. The end of training is always saved."""
 
     keep: int | None = 3
-    """How many of the newest checkpoints stay; None for all of them."""
+    """How many of the newest checkpoints of `save_folder` stay; None for all of them."""
 
     save_async: bool = False
     """Whether training goes on while a checkpoint is written, from a copy in memory."""
@@ -92,13 +93,14 @@ class Training:
     """Modules whose activations are computed again in the backward pass: name patterns, or True for `fsdp_units`."""
 
     progress_bar: bool = True
-    """Drawn by rank 0, and only on a terminal."""
+    """Drawn by one process on stderr, and only where that is a terminal."""
 
     shuffle: bool = True
-    """Whether each epoch reads the samples in an order of its own, drawn from the seed. Not for streams."""
+    """Whether each epoch reads the samples in an order of its own, drawn from the seed; of map-style datasets."""
 
     workers: int = 0
-    """Processes per rank that read samples ahead; 0 reads them in the training process."""
+    """Processes per rank that read samples ahead; 0 reads them in the training process, as `Experiment.batches` always
+    is."""
 
     check_every: int | None = None
     """Every so many steps, hold replicas against each other (`sp.check_invariants`)."""
@@ -119,6 +121,11 @@ class Training:
         self._one_of("precision", PRECISIONS)
         if self.gather_precision is not None:
             self._one_of("gather_precision", ("bf16", "fp16"))
+            if self.gather_precision != self.precision:
+                raise UsageError(
+                    f"gather_precision={self.gather_precision!r} hands the model weights of that precision, and "
+                    f"precision={self.precision!r} computes in another; give both the same, or leave gather_precision out"
+                )
         self._one_of("device", ("cpu", "cuda"))
         self._one_of("check_action", ("stop", "warn"))
         self._one_of("init_device", ("cpu", "meta"))

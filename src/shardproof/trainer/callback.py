@@ -39,7 +39,8 @@ class Callback:
         """An optimizer step is over. `loop.loss` is this rank's loss, `loop.progress` counts the step already."""
 
     def losses(self, loop: Loop, first_step: int, losses: list[float]) -> None:
-        """The global losses of the steps from `first_step` on, as ranks exchanged them: some steps late, none left out.
+        """The global losses of the steps from `first_step` on, from 0, as ranks exchanged them: some steps late, none
+        left out.
 
         The same on every rank.
         """
@@ -51,13 +52,15 @@ class Callback:
         """An evaluation is over. `results` are the same on every rank: `loss` and the metrics, without prefix."""
 
     def saved(self, loop: Loop, path: Path) -> None:
-        """A checkpoint is being written to `path`; it is there for good when the next one starts, or at `fit_end`."""
+        """A checkpoint was written to `path`. With `save_async` it is being written, and there for good when the next
+        one starts, or at `fit_end`.
+        """
 
     def fit_end(self, loop: Loop) -> None:
         """Training is over, for whatever reason but an error: `loop.stop_reason` has it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What to save in checkpoints: plain data that JSON can hold."""
+        """What to save in checkpoints: numbers, texts, lists, tuples, dicts, small tensors; the same on every rank."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

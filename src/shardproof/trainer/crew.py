@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from shardproof.spec.experiment import Experiment
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.training import Training
 from shardproof.trainer.loop import Loop
-from shardproof.trainer.screen import Screen, Shown, screen_on
+from shardproof.trainer.screen import Bar, Screen, Shown, screen_on
 
 
 class Crew(ABC):
@@ -164,4 +165,8 @@ def _draw(screen: Screen, event: object) -> None:
     if isinstance(event, Shown):
         screen.update(event)
     elif isinstance(event, str):
-        screen.message(event)
+        # A line of a log belongs on stdout; above a bar that is being drawn on the same terminal, only it can print.
+        if isinstance(screen, Bar) and sys.stdout.isatty():
+            screen.message(event)
+        else:
+            print(event, flush=True)

@@ -25,15 +25,19 @@ class Fit:
     """Optimizer steps of the whole run, before a resumption included."""
 
     epoch: int
+    """Whole passes over the data, likewise."""
+
     samples: int
+    """Over all ranks, likewise."""
+
     elapsed_s: float
-    """Seconds of training, likewise of the whole run."""
+    """Seconds of training, evaluation and saving included, likewise of the whole run."""
 
     stop_reason: str
     """`max_duration`, `SIGTERM`, or what a callback gave."""
 
     first_step: int
-    """Number of the first step of `losses`."""
+    """Number of the first step of `losses`, from 0: as many steps were over before this call."""
 
     losses: tuple[float, ...] = ()
     """Global loss of every step of this call, before its update: the mean over the whole batch."""

@@ -91,6 +91,7 @@ class Saving:
             load.load(path, loop.root, loop.parameters, None, declared=self._declared)
             return
         # What of this run would not go on is said before anything is overwritten.
+        path = folder.resolve(path)
         self._refuse(load.read_extra(path), path)
         extra = load.load(path, loop.root, loop.parameters, loop.optimizer, declared=self._declared)
         self._restore(extra)

@@ -101,7 +101,7 @@ class Trainer:
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """`loss` and the metrics on `data`, or on the training's `eval_data`: every sample counts once.
 
-        Raises `UsageError` where there is neither.
+        Forked ranks are sent `data`, which must then be picklable. Raises `UsageError` where there is neither.
         """
         results: dict[str, float] = self._crew.call("evaluate", data)
         return results
@@ -109,7 +109,8 @@ class Trainer:
     def predict(self, data: Any = None, forward: Callable[..., Any] | None = None) -> Any:
         """Outputs for every sample of `data` (or `eval_data`), in order, on the CPU; under a launch, on rank 0 alone.
 
-        `forward` is (model, batch) -> output; by default `model(batch[0])` of a tuple, `model(batch)` of a tensor.
+        `forward` is (model, batch) -> output; by default `model(batch[0])` of a tuple, `model(batch)` of a tensor. Both
+        arguments are sent to ranks that were forked, and must then be picklable.
         """
         return self._crew.call_for_tensors("predict", data, forward)
 
