@@ -124,7 +124,7 @@ class Training:
             if self.gather_precision != self.precision:
                 raise UsageError(
                     f"gather_precision={self.gather_precision!r} hands the model weights of that precision, and "
-                    f"precision={self.precision!r} computes in another; give both the same, or leave gather_precision out"
+                    f"precision={self.precision!r} computes in another; make them the same, or leave it out"
                 )
         self._one_of("device", ("cpu", "cuda"))
         self._one_of("check_action", ("stop", "warn"))

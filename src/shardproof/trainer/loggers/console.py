@@ -14,7 +14,7 @@ from shardproof.trainer.logger import Logger
 class ConsoleLogger(Logger):
     """Prints one line every so often, as `step 40  train/loss 0.5123  lr/group0 0.001`.
 
-    A trainer has the lines printed to stderr, above its progress bar. By itself, it prints to stdout.
+    A trainer has them printed to stdout, above its progress bar where one is drawn on the same terminal.
 
     A line holds the newest value of every name since the line before. Values of an evaluation (`eval/...`) are printed
     at once; others when the next step is heard of, as callbacks log one step's values one after the other.
