@@ -29,6 +29,29 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint of a run is of, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def make(folder: Path) -> None:
+    """Make a run's folder where there is none, and try whether checkpoints can be put there.
+
+    Raises `CheckpointError` where they cannot: better before the first step than after the first hours.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is to hold checkpoints and is no folder; choose another save_folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tried = writing_name(folder / "nothing")
+        tried.mkdir()
+        tried.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot hold checkpoints ({error.strerror}); choose another save_folder"
+        ) from error
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run's folder, oldest step first. Empty where there is no such folder."""
     found = []

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from shardproof.checkpoint import folder
 from shardproof.checkpoint import index as indices
 from shardproof.checkpoint import optimizer as optimizers
+from shardproof.checkpoint.gathered import let_go
 from shardproof.checkpoint.index import Index
 from shardproof.checkpoint.optimizer import Restoring
 from shardproof.checkpoint.placed import Declared, Placed, placed
@@ -54,6 +55,7 @@ def load(
     group = own_group() if group is None else group
     # One rank looks, so that all of them load the same checkpoint.
     found, index = from_first(lambda: _opened(path), group)
+    let_go(root)
     portions, restoring = together(
         lambda: _prepared(root, placed(parameters, declared), optimizer, index, str(found)), group
     )
@@ -94,6 +96,7 @@ def load_weights(
     """
     finish_pending()
     group = own_group() if group is None else group
+    let_go(root)
     together(lambda: _read_weights(Path(path), root, placed(parameters, declared)), group)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -24,6 +25,12 @@ class Duration:
     unit: Unit
     """`ep` epochs, `ba` optimizer steps (global batches), `sp` samples over all ranks, `s` seconds."""
 
+    def __post_init__(self) -> None:
+        if self.unit not in ("ep", "ba", "sp", "s"):
+            raise UsageError(f"Duration: there is no unit {self.unit!r}; there are ep, ba, sp and s")
+        if not 0 < self.count < math.inf or (self.unit != "s" and self.count != int(self.count)):
+            raise UsageError(f"Duration: {self.count!r} {self.unit}; give a number above 0, whole but for seconds")
+
     def __str__(self) -> str:
         return f"{self.count:g}{self.unit}"
 
@@ -43,8 +50,8 @@ def parse_duration(value: str | Duration, *, field: str = "max_duration") -> Dur
             "optimizer steps), 100000sp (samples), 90s, 30min or 1h"
         )
     count = float(match[1])
-    if count <= 0:
-        raise UsageError(f"{field}={value!r}: a duration is longer than nothing")
+    if not 0 < count < math.inf:
+        raise UsageError(f"{field}={value!r}: a duration is longer than nothing, and has an end")
     if unit in _SECONDS:
         return Duration(count * _SECONDS[unit], "s")
     if count != int(count):

@@ -55,6 +55,11 @@ def parse(text: str | Parallelism, ranks: int | None) -> Parallelism:
     """
     if isinstance(text, Parallelism):
         return text
+    if not isinstance(text, str):
+        raise StrategyError(
+            f"a strategy is a name, degrees or a Parallelism, and {text!r} is none of them; "
+            "give 'fsdp' or 'tp=2,dp_shard=2'"
+        )
     if "=" not in text:
         if ranks is None:
             raise StrategyError(f"{text}: a named strategy needs a number of ranks (--ranks)")

@@ -139,19 +139,34 @@ class Training:
                 f"scheduler={self.scheduler!r} cannot be called; pass a function of the optimizer, as "
                 "lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
             )
-        for name in ("callbacks", "loggers"):
+        for name in ("save_folder", "load_path"):
             value = getattr(self, name)
-            if not isinstance(value, Sequence):
-                object.__setattr__(self, name, (value,))
+            if value is not None and not isinstance(value, str | Path):
+                raise UsageError(f"{name}={value!r}; it must be a path")
+        self._each("callbacks", "fit_start", "sp.Callback")
+        self._each("loggers", "log", "sp.Logger")
         if self.metrics is not None and self.eval_data is None:
             raise UsageError("metrics are measured on eval_data, and there is none; give eval_data as well")
         if self.load_path == "auto" and self.save_folder is None:
-            raise UsageError("load_path='auto' takes the newest checkpoint of save_folder; give save_folder as well")
+            raise UsageError(
+                "load_path='auto' (--resume) takes the newest checkpoint of save_folder; "
+                "give save_folder (--save-folder) as well"
+            )
 
     def _one_of(self, name: str, allowed: Sequence[str]) -> None:
         value = getattr(self, name)
         if value not in allowed:
             raise UsageError(f"{name}={value!r}; {suggest(str(value), allowed)}")
+
+    def _each(self, name: str, method: str, kind: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            value = (value,)
+            object.__setattr__(self, name, value)
+        for item in value:
+            # A class has these methods too, and is no object of it.
+            if isinstance(item, type) or not callable(getattr(item, method, None)):
+                raise UsageError(f"{name} holds {item!r}, which is no {kind}; give objects of its subclasses")
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -193,6 +208,8 @@ class Changes(TypedDict, total=False):
 
 def changed(training: Training, changes: Changes) -> Training:
     """`training` with some fields replaced. Raises `UsageError` for a field that does not exist."""
+    if not isinstance(training, Training):
+        raise UsageError(f"training is a {type(training).__name__}; make it an sp.Training(...)")
     names = [field.name for field in fields(Training)]
     for name in changes:
         if name not in names:

@@ -7,13 +7,14 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from shardproof.errors import UsageError
+from shardproof.errors import CheckpointError, UsageError
 from shardproof.ranks import Place, Ranks, start
 from shardproof.ranks.here import Here
 from shardproof.spec.experiment import Experiment
@@ -117,9 +118,12 @@ class Forked(Crew):
         self._ranks.on_output = screen.message
         self._ranks.on_event = lambda _rank, event: _draw(screen, event)
         try:
-            return self._ranks.call("work", method, message, during=method, live=True)[0]
+            result = self._ranks.call("work", method, message, during=method, live=True)[0]
         finally:
             screen.close()
+        if isinstance(result, _Refused):
+            raise result.error
+        return result
 
     def call_for_tensors(self, method: str, *args: Any) -> Any:
         """Tensors come back in a file: in a pipe they would be shared memory, which ends with its rank."""
@@ -143,12 +147,22 @@ class _Work:
         self._about = experiment, parallelism, training
         self._loop: Loop | None = None
         self._world = ExitStack()
+        self._joined = False
 
     def work(self, place: Place, method: str, message: bytes) -> Any:
+        try:
+            return self._work(place, method, message)
+        except CheckpointError as error:
+            # It is raised on all ranks alike, so they go on together: a wrong path costs nothing that was trained.
+            return _Refused(error)
+
+    def _work(self, place: Place, method: str, message: bytes) -> Any:
         if self._loop is None:
             experiment, parallelism, training = self._about
-            # Left only with the process.
-            self._world.enter_context(place.world("train", parallelism.world_size))
+            if not self._joined:
+                # Left only with the process.
+                self._world.enter_context(place.world("train", parallelism.world_size))
+                self._joined = True
             self._loop = Loop(experiment, parallelism, training, place, place.tell)
         args = pickle.loads(message)
         if method == "to_file":
@@ -159,6 +173,11 @@ class _Work:
             return None
         result = getattr(self._loop, method)(*args)
         return result if place.rank == 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    error: CheckpointError
 
 
 def _draw(screen: Screen, event: object) -> None:

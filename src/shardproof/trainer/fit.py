@@ -44,7 +44,7 @@ class Fit:
 
     evaluations: tuple[Evaluation, ...] = ()
     checkpoint: Path | None = None
-    """The last one that was saved."""
+    """The last one that was saved, or that the run was resumed from and still stands in."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     """Ranks per mesh axis."""

@@ -93,6 +93,8 @@ class Loop:
                 # Whoever draws the progress bar prints above it.
                 logger.write = tell
         self.loader_state: dict[str, Any] | None = None
+        self.evaluation: Evaluation | None = None
+        """The last one of training, before a resumption included."""
         self._saving = Saving(self)
         self._evaluating = Evaluating(self)
         if training.load_path is not None:
@@ -142,7 +144,16 @@ class Loop:
     def _make_scheduler(self) -> LRScheduler | None:
         if self.training.scheduler is None:
             return None
-        scheduler = self.training.scheduler(self.optimizer)
+        try:
+            scheduler = self.training.scheduler(self.optimizer)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                raise
+            # It was not even entered: a class that wants more than an optimizer, most likely.
+            raise UsageError(
+                f"scheduler cannot be called with the optimizer alone ({error}); give a function that can, as "
+                "lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
+            ) from error
         if not isinstance(scheduler, LRScheduler):
             raise UsageError(
                 f"scheduler returned {type(scheduler).__name__}; it must return a torch.optim.lr_scheduler.LRScheduler"
@@ -151,6 +162,10 @@ class Loop:
             raise UsageError(
                 "ReduceLROnPlateau is stepped with a metric, and schedulers are stepped after every optimizer step; "
                 "lower the learning rate in a callback's eval_end instead"
+            )
+        if getattr(scheduler, "optimizer", self.optimizer) is not self.optimizer:
+            raise UsageError(
+                f"scheduler returned a {type(scheduler).__name__} of another optimizer; make it of the one it is given"
             )
         return scheduler
 
@@ -215,6 +230,9 @@ class Loop:
         self.stop_reason = ""
         self._losses: list[float] = []
         self._evaluations: list[Evaluation] = []
+        note = self._saving.prepare()
+        if note is not None:
+            self._say_to_caller(note)
         for callback in self.training.callbacks:
             callback.fit_start(self)
         self._watchers = [callback for callback in self.training.callbacks if callback.watches_gradients]
@@ -234,6 +252,9 @@ class Loop:
             done = True
         finally:
             self._journal.close(failed=not done)
+        if not self._evaluations and self.evaluation is not None and self.evaluation.step == self.progress.step:
+            # There was nothing left to train: this is what the run had ended with.
+            self._evaluations.append(self.evaluation)
         return Fit(
             step=self.progress.step,
             epoch=self.progress.epoch,
@@ -267,7 +288,6 @@ class Loop:
         self._steps_per_epoch = loader.steps_per_epoch
         if self.loader_state is not None:
             loader.load_state_dict(self.loader_state)
-        evaluated = saved = -1
         try:
             steps, epoch_starts = iter(loader), True
             while not self.stop_reason and not self.progress.reached(until):
@@ -281,17 +301,18 @@ class Loop:
                 if loaded.last:
                     self._tell("epoch_end")
                 if eval_due.due(self.progress) and training.eval_data is not None:
-                    evaluated = self._evaluate_now()
+                    self._evaluate_now()
                 if save_due.due(self.progress) and training.save_folder is not None:
-                    saved = self._save_now()
+                    self._save_now()
             self._exchange_losses(termination)
         finally:
             loader.close()
         self.stop_reason = self.stop_reason or "max_duration"
         # Who is told to end has no time for more than a checkpoint.
-        if training.eval_data is not None and evaluated != self.progress.step and self.stop_reason != "SIGTERM":
+        evaluated = self.evaluation is not None and self.evaluation.step == self.progress.step
+        if training.eval_data is not None and not evaluated and self.stop_reason != "SIGTERM":
             self._evaluate_now()
-        if training.save_folder is not None and saved != self.progress.step:
+        if training.save_folder is not None and not self._saving.is_saved:
             self._save_now()
         self._journal.flush()
 
@@ -386,20 +407,19 @@ class Loop:
         if self._say is not None and self.rank == 0:
             self._say(what)
 
-    def _evaluate_now(self) -> int:
+    def _evaluate_now(self) -> None:
         results = self.evaluate()
-        self._evaluations.append(Evaluation(step=self.progress.step, results=results))
+        self.evaluation = Evaluation(step=self.progress.step, results=results)
+        self._evaluations.append(self.evaluation)
         self.log({f"eval/{name}": value for name, value in results.items()})
         for callback in self.training.callbacks:
             callback.eval_end(self, results)
         self._journal.flush()
-        return self.progress.step
 
-    def _save_now(self) -> int:
+    def _save_now(self) -> None:
         path = self._saving.save_on_the_way()
         for callback in self.training.callbacks:
             callback.saved(self, path)
-        return self.progress.step
 
     def _tell(self, event: str) -> None:
         for callback in self.training.callbacks:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from shardproof.checkpoint import folder, load, save
 from shardproof.checkpoint.export import write_whole
 from shardproof.checkpoint.placed import Declared
-from shardproof.checkpoint.together import own_group, rank_of, together
+from shardproof.checkpoint.together import from_first, own_group, rank_of, together
 from shardproof.checkpoint.whole import whole_state
 from shardproof.errors import CheckpointError, UsageError
 from shardproof.parallel.loading import joined
+from shardproof.trainer.fit import Evaluation
 from shardproof.trainer.progress import Progress
 
 if TYPE_CHECKING:
@@ -29,9 +32,32 @@ class Saving:
         self._loop = loop
         self._pending: save.Pending | None = None
         self.last: Path | None = None
-        """The checkpoint that was saved last."""
+        """The checkpoint of `save_folder` that was saved or loaded last, or what was saved elsewhere since."""
         placements = loop.experiment.placements
         self._declared = None if placements is None else Declared(placements, loop.mesh)
+
+    def prepare(self) -> str | None:
+        """Look at `save_folder` before training starts, and return what the user should know of it, on rank 0.
+
+        Raises `CheckpointError` where it cannot take checkpoints.
+        """
+        saved = self._loop.training.save_folder
+        if saved is None:
+            return None
+        group, place, step = own_group(), Path(saved), self._loop.progress.step
+        together(lambda: folder.make(place) if rank_of(group) == 0 else None, group)
+        newest = folder.newest(place) if rank_of(group) == 0 else None
+        if newest is None or folder.step_of(newest) <= step:
+            return None
+        return (
+            f"{newest} is further than this run, which starts at step {step}: to go on from it, use "
+            "load_path='auto' (--resume); to start anew, choose another save_folder, or a later --resume will take it"
+        )
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the run as it is stands in `save_folder` already."""
+        return self.last is not None and self.last == self._path(None)
 
     def save_on_the_way(self) -> Path:
         """Write a checkpoint under its usual name, in the background where the training says so."""
@@ -64,8 +90,13 @@ class Saving:
     def wait(self) -> None:
         """Until a checkpoint that is being written is there. Raises `CheckpointError` where it could not be."""
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if pending is None:
+            return
+        try:
             pending.wait()
+        except CheckpointError:
+            self.last = None
+            raise
 
     def resume(self, path: str | Path) -> None:
         """Start from what `Training.load_path` says."""
@@ -74,7 +105,7 @@ class Saving:
             group = own_group()
             # One rank tidies up after a save that was killed, before all look.
             together(lambda: folder.clean(Path(saved)) if rank_of(group) == 0 else None, group)
-            newest = folder.newest(Path(saved))
+            newest = from_first(lambda: folder.newest(Path(saved)), group)
             if newest is not None:
                 self.load(newest)
             return
@@ -83,18 +114,22 @@ class Saving:
     def load(self, path: str | Path, *, weights_only: bool = False) -> None:
         """Weights, optimizer, scheduler, scaler, callbacks, and the place in the data; or weights alone."""
         self.wait()
-        loop, path = self._loop, Path(path)
-        if path.suffix == ".safetensors":
-            load.load_weights(path, loop.root, loop.parameters, declared=self._declared)
+        loop, given = self._loop, Path(path)
+        if given.suffix == ".safetensors":
+            load.load_weights(given, loop.root, loop.parameters, declared=self._declared)
+            self.last = loop.evaluation = None
             return
+        # One rank looks, so that all of them see the same checkpoint, also where another one is just being written.
+        path, extra = from_first(lambda: _opened(given), own_group())
         if weights_only:
             load.load(path, loop.root, loop.parameters, None, declared=self._declared)
             return
         # What of this run would not go on is said before anything is overwritten.
-        path = folder.resolve(path)
-        self._refuse(load.read_extra(path), path)
-        extra = load.load(path, loop.root, loop.parameters, loop.optimizer, declared=self._declared)
+        self._refuse(extra, path)
+        load.load(path, loop.root, loop.parameters, loop.optimizer, declared=self._declared)
         self._restore(extra)
+        usual = None if loop.training.save_folder is None else self._path(None)
+        self.last = usual if usual is not None and usual.absolute() == path else None
 
     def export(self, path: str | Path) -> Path:
         """The whole weights in one safetensors file."""
@@ -124,6 +159,7 @@ class Saving:
             "loader": self._loader_state(),
             "scheduler": None if loop.scheduler is None else loop.scheduler.state_dict(),
             "scaler": None if loop.scaler is None else loop.scaler.state_dict(),
+            "evaluation": None if loop.evaluation is None else asdict(loop.evaluation),
             "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in loop.training.callbacks],
             "run": {
                 "strategy": loop.parallelism.strategy,
@@ -131,6 +167,7 @@ class Saving:
                 "precision": loop.training.precision,
                 "batch_size": loop.experiment.batch_size,
                 "seed": loop.experiment.seed,
+                "scheduler": _kind(loop.scheduler),
             },
         }
 
@@ -145,28 +182,28 @@ class Saving:
 
     def _refuse(self, extra: Mapping[str, Any], path: Path) -> None:
         loop = self._loop
-        if "progress" not in extra:
-            raise CheckpointError(
-                f"{path} holds no training run: another program wrote it; export it and load its weights alone"
-            )
+        if _NEEDED - extra.keys():
+            raise CheckpointError(f"{path} holds no training run: another program wrote it; {_WEIGHTS_ALONE}")
         for name, ours in (("seed", loop.experiment.seed), ("batch_size", loop.experiment.batch_size)):
             theirs = extra["run"][name]
             if theirs != ours:
                 raise CheckpointError(
                     f"{path} is of a run with {name} {theirs}, and this one has {ours}, which would read other samples "
-                    f"from here on; give {name} {theirs}, or export the checkpoint and load its weights alone"
+                    f"from here on; give {name} {theirs}, or {_WEIGHTS_ALONE}"
                 )
-        if (extra["scheduler"] is None) != (loop.scheduler is None):
-            there, here = ("a", "none") if loop.scheduler is None else ("no", "one")
+        there, here = extra["run"].get("scheduler"), _kind(loop.scheduler)
+        if there != here:
             raise CheckpointError(
-                f"{path} holds {there} scheduler's state, and this run has {here}: the learning rate would change "
-                "under way; give the Trainer the same scheduler=..., or load the exported weights alone"
+                f"{path} is of a run with {there or 'no scheduler'}, and this one has {here or 'none'}: the learning "
+                f"rate would change under way; give the same scheduler=..., or {_WEIGHTS_ALONE}"
             )
 
     def _restore(self, extra: Mapping[str, Any]) -> None:
         loop = self._loop
         loop.progress = Progress(**extra["progress"])
         loop.loader_state = extra["loader"]
+        evaluation = extra.get("evaluation")
+        loop.evaluation = None if evaluation is None else Evaluation(**evaluation)
         if loop.scheduler is not None:
             loop.scheduler.load_state_dict(extra["scheduler"])
         if loop.scaler is not None and extra["scaler"] is not None:
@@ -177,3 +214,18 @@ class Saving:
             if own is not None:
                 saved.remove(own)
                 callback.load_state_dict(own[1])
+
+
+_NEEDED = {"progress", "loader", "scheduler", "scaler", "callbacks", "run"}
+"""What a checkpoint holds that a run saved."""
+
+_WEIGHTS_ALONE = "load its weights alone (shardproof export CHECKPOINT weights.safetensors, then load that)"
+
+
+def _opened(path: Path) -> tuple[Path, dict[str, Any]]:
+    found = folder.resolve(path).absolute()
+    return found, load.read_extra(found)
+
+
+def _kind(scheduler: LRScheduler | None) -> str | None:
+    return None if scheduler is None else type(scheduler).__name__

@@ -58,7 +58,7 @@ class Trainer:
         if not isinstance(experiment, Experiment):
             raise UsageError(f"Trainer takes an sp.Experiment, and was given a {type(experiment).__name__}")
         self.experiment = experiment
-        self.training = changed(training or Training(), changes)
+        self.training = changed(Training() if training is None else training, changes)
         world = _world_size()
         in_process = world is not None if fork is None else not fork
         self.parallelism = parse(parallelism, ranks if ranks is not None else (world or RANKS))
@@ -68,6 +68,13 @@ class Trainer:
             if in_process
             else Forked(experiment, self.parallelism, self.training, timeout_s)
         )
+
+    def _need_data(self, data: Any) -> None:
+        # Told before ranks are asked, as ranks that have failed are ended, and with them what was trained.
+        if data is None and self.training.eval_data is None:
+            raise UsageError(
+                "there is nothing to evaluate on; give evaluate() or predict() the data, or the Trainer eval_data=..."
+            )
 
     def _refuse(self, world: int | None, *, in_process: bool) -> None:
         experiment, parallelism = self.experiment, self.parallelism
@@ -103,6 +110,7 @@ class Trainer:
 
         Forked ranks are sent `data`, which must then be picklable. Raises `UsageError` where there is neither.
         """
+        self._need_data(data)
         results: dict[str, float] = self._crew.call("evaluate", data)
         return results
 
@@ -112,10 +120,13 @@ class Trainer:
         `forward` is (model, batch) -> output; by default `model(batch[0])` of a tuple, `model(batch)` of a tensor. Both
         arguments are sent to ranks that were forked, and must then be picklable.
         """
+        self._need_data(data)
         return self._crew.call_for_tensors("predict", data, forward)
 
     def save(self, path: str | Path | None = None) -> Path:
         """Write a checkpoint to the folder `path`, or under its usual name in `save_folder`; it is there on return."""
+        if path is None and self.training.save_folder is None:
+            raise UsageError("save() needs a path, as the Trainer has no save_folder")
         saved: Path = self._crew.call("save", None if path is None else Path(path).absolute())
         return saved
 

@@ -51,9 +51,12 @@ class EarlyStopping(Callback):
         """Evaluations since then."""
 
     def fit_start(self, loop: Loop) -> None:
-        """Refuse a run that evaluates nothing."""
+        """Refuse a run that evaluates nothing, and end one that has been stopped before."""
         if loop.training.eval_data is None:
             raise UsageError(f"EarlyStopping watches the evaluation's {self.monitor!r}; give the trainer eval_data")
+        if self.waited >= self.patience:
+            # A run that was stopped and is resumed, as by a batch system that knows no better, has ended already.
+            loop.stop(f"{self.monitor} was no better in {self.waited} evaluations already")
 
     def eval_end(self, loop: Loop, results: Mapping[str, float]) -> None:
         """Compare with the best so far. Every rank has the same results, so every rank stops."""
