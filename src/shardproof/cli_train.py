@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from shardproof.errors import UsageError
+from shardproof.errors import RankLost, UsageError
 from shardproof.ranks.launch import Launch
 from shardproof.report import file
 from shardproof.spec.loading import load_for_training
@@ -24,13 +24,9 @@ def train(  # noqa: PLR0913  (typer declares an option by a parameter)
     experiment: Annotated[
         str, typer.Argument(metavar="EXPERIMENT", help="file.py, file.py:name or package.module:name.")
     ],
-    strategy: Annotated[str, typer.Option(metavar="STRATEGY", help="A name, or degrees: tp=2,dp_shard=2.")] = "single",
-    ranks: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Of a named strategy.", show_default="4, or the launch's")
-    ] = None,
-    max_duration: Annotated[
-        str | None, typer.Option("--max-duration", "--duration", metavar="TIME", help="2ep, 500ba, 100000sp or 1h.")
-    ] = None,
+    strategy: Annotated[str, typer.Option(metavar="STRATEGY", help="Or degrees: tp=2,dp_shard=2.")] = "single",
+    ranks: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of a named strategy; if not 4.")] = None,
+    max_duration: Annotated[str | None, typer.Option(metavar="TIME", help="2ep, 500ba, 100000sp or 1h.")] = None,
     eval_interval: Annotated[str | None, typer.Option(metavar="TIME", help="How often to evaluate.")] = None,
     precision: Annotated[
         Literal["fp64", "fp32", "bf16", "fp16"] | None, typer.Option(metavar="NAME", help="fp64, fp32, bf16, fp16.")
@@ -40,30 +36,26 @@ def train(  # noqa: PLR0913  (typer declares an option by a parameter)
     keep: Annotated[int | None, typer.Option(min=1, metavar="N", help="Checkpoints to keep.")] = None,
     save_async: Annotated[bool | None, typer.Option("--save-async", help="Write while training goes on.")] = None,
     load_path: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Checkpoint, folder of them, or .safetensors.")
+        str | None, typer.Option(metavar="PATH", help="A checkpoint or .safetensors to start from.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="From the newest in the save folder, if any.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="From the newest checkpoint, if any.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="In place of the experiment's.")] = None,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(metavar="DEVICE", help="Or cuda.")] = None,
     compile: Annotated[bool | None, typer.Option("--compile", help="torch.compile the units.")] = None,
     activation_checkpointing: Annotated[
-        bool | None, typer.Option("--activation-checkpointing", help="Of the experiment's fsdp_units.")
+        bool | None, typer.Option("--activation-checkpointing", help="Of the fsdp_units.")
     ] = None,
-    meta: Annotated[bool, typer.Option("--meta", help="Build without storage, fill shard by shard.")] = False,
-    workers: Annotated[int | None, typer.Option(min=0, metavar="N", help="Processes per rank that read data.")] = None,
+    meta: Annotated[bool, typer.Option("--meta", help="Build on meta, fill shard by shard.")] = False,
+    workers: Annotated[int | None, typer.Option(min=0, metavar="N", help="Readers of data per rank.")] = None,
     shuffle: Annotated[bool | None, typer.Option("--shuffle/--no-shuffle", help="The order of the data.")] = None,
-    check_every: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Hold replicas against each other every N steps.")
-    ] = None,
+    check_every: Annotated[int | None, typer.Option(min=1, metavar="N", help="Compare replicas every N steps.")] = None,
     check_action: Annotated[
-        Literal["stop", "warn"] | None, typer.Option(metavar="ACTION", help="stop or warn.")
+        Literal["stop", "warn"] | None, typer.Option(metavar="ACTION", help="Then stop, or warn.")
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Log values as JSON lines.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Log to TensorBoard.")] = None,
-    export: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write the weights to a .safetensors at the end.")
-    ] = None,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Silence that counts as a hang.")] = 600.0,
+    export: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the weights as .safetensors.")] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Silence this long is a hang.")] = 600.0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the last line only.")] = False,
 ) -> None:
     """Train EXPERIMENT under a strategy, by the very step that `check` proves.
@@ -74,15 +66,15 @@ def train(  # noqa: PLR0913  (typer declares an option by a parameter)
     \b
     Examples:
       shardproof train examples/digits.py --strategy tp_fsdp --ranks 4
-      shardproof train train.py --strategy fsdp --save-folder runs/a --save-interval 500ba --resume
-      torchrun --nnodes 2 --nproc-per-node 8 ... -m shardproof train train.py --strategy tp=8,dp_shard=2
+      shardproof train train.py --strategy fsdp --save-folder runs/a --resume
+      torchrun --nproc-per-node 8 -m shardproof train train.py --strategy fsdp
 
     \b
     Exit codes:
       0  trained to the end, or saved and ended after SIGTERM
       1  --check-every found replicas that differ
-      2  wrong use, a broken experiment, or a checkpoint that cannot be read or written
-      3  a rank crashed or hung
+      2  wrong use, a broken experiment, a checkpoint that cannot be read or written
+      3  a rank crashed, hung, or was lost
     """
     loaded, training = load_for_training(experiment)
     training = changed(
@@ -105,7 +97,6 @@ def train(  # noqa: PLR0913  (typer declares an option by a parameter)
             shuffle=shuffle,
             check_every=check_every,
             check_action=check_action,
-            progress_bar=False if quiet else None,
         ),
     )
     if resume and load_path is not None:
@@ -120,10 +111,15 @@ def train(  # noqa: PLR0913  (typer declares an option by a parameter)
     parse(strategy, ranks or (launch.world_size if launch else 4))
     from shardproof.trainer.trainer import Trainer  # noqa: PLC0415  (loads torch)
 
-    with Trainer(loaded, strategy, training, ranks=ranks, timeout_s=timeout) as trainer:
-        fit = trainer.fit()
-        if export is not None:
-            trainer.export(export)
+    try:
+        with Trainer(loaded, strategy, training, ranks=ranks, timeout_s=timeout, quiet=quiet) as trainer:
+            fit = trainer.fit()
+            if export is not None:
+                trainer.export(export)
+    except RankLost as lost:
+        if launch is not None and launch.local_rank:
+            raise typer.Exit(lost.exit_code) from None  # all ranks of this host have lost it: the first one says so
+        raise
     if launch is None or launch.rank == 0:
         Console().print(Text(conclusion(fit, strategy)), soft_wrap=True, highlight=False)
 
@@ -165,7 +161,7 @@ def _with_loggers(training: Training, json: Path | None, tensorboard: Path | Non
     from shardproof.trainer.loggers.console import ConsoleLogger  # noqa: PLC0415  (--help needs none of them)
     from shardproof.trainer.loggers.json_lines import JSONLinesLogger  # noqa: PLC0415
 
-    loggers = list(training.loggers)
+    loggers = [logger for logger in training.loggers if not (quiet and isinstance(logger, ConsoleLogger))]
     if not quiet and not any(isinstance(logger, ConsoleLogger) for logger in loggers):
         loggers.insert(0, ConsoleLogger())
     if json is not None:

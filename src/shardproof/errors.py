@@ -9,7 +9,8 @@
     ├── RankError               a rank did not come back; exit code 3
     │   ├── RankFailed          user code raised on a rank
     │   ├── RankDied            the process of a rank ended (a signal, os._exit, out of memory)
-    │   └── RankHung            no rank answered within the time limit
+    │   ├── RankHung            no rank answered within the time limit
+    │   └── RankLost            in a launch (torchrun), a peer of this rank is gone or does not answer
     ├── ParityError             layouts that should agree do not (also an AssertionError); exit code 1
     └── InvariantError          replicas that should hold the same bits do not (also an AssertionError); exit code 1
 
@@ -108,6 +109,18 @@ class RankHung(RankError):
         super().__init__(
             f"no answer{where} within {timeout_s:g} s; raise the limit with --timeout if the step is just slow. "
             f"Where each rank was:\n\n{shown}"
+        )
+
+
+class RankLost(RankError):
+    """Under a launcher: a collective of this rank had no answer from a peer, which is gone or cannot be reached."""
+
+    def __init__(self, rank: int, how: str, *, during: str = "", way_on: str = "") -> None:
+        self.rank, self.how, self.during, self.way_on = rank, how, during, way_on
+        where = f" in {during}" if during else ""
+        super().__init__(
+            f"rank {rank} lost a peer{where}: {how}; if that rank could still say why, it did so in its own output"
+            + (f"\n{way_on}" if way_on else "")
         )
 
 

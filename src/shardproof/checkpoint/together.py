@@ -12,8 +12,8 @@ from shardproof.errors import CheckpointError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)
-"""How long ranks wait for the slowest writer."""
+PATIENCE = timedelta(hours=1)
+"""How long ranks wait for the slowest writer, and so for one that is lost without a word, as with its cable."""
 
 SHOWN = 3
 """Ranks whose errors are told."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardproof import errors
-from shardproof.errors import Failure, UsageError
+from shardproof.errors import Failure, InvariantError, UsageError
 from shardproof.ranks.failure import describe, only_waited
 from shardproof.ranks.place import Place
 
@@ -19,8 +19,8 @@ class Answer:
     rank: int
     result: Any = None
     failure: Failure | None = None
-    usage: UsageError | None = None
-    """Goes to the caller as it is: not the rank failed, but what it was asked to do is wrong."""
+    usage: UsageError | InvariantError | None = None
+    """Goes to the caller as it is: not the rank failed, but what it was asked to do is wrong, or was found to be."""
     echo: bool = False
     """Whether the failure says only that a peer was lost, so that the cause is elsewhere."""
 
@@ -41,17 +41,17 @@ def perform(target: object, place: Place, message: bytes) -> bytes:
 
 
 def _answer(error: BaseException, rank: int) -> Answer:
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError | InvariantError):
         return Answer(rank=rank, usage=_portable(error))
     return Answer(rank=rank, failure=describe(error, rank), echo=only_waited(error))
 
 
-def _portable(error: UsageError) -> UsageError:
+def _portable(error: UsageError | InvariantError) -> UsageError | InvariantError:
     """`error`, or its nearest base among shardproof's own errors where the class itself does not pickle."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  (a user's class may raise anything on its way through pickle)
         nearest = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
-        rebuilt: UsageError = nearest(str(error))
+        rebuilt: UsageError | InvariantError = nearest(str(error))
         return rebuilt
     return error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 
-from shardproof.errors import RankDied, RankError, RankFailed, UsageError
+from shardproof.errors import InvariantError, RankDied, RankError, RankFailed, UsageError
 from shardproof.ranks.answer import Answer
 
 _SIGNALS = {
@@ -22,7 +22,7 @@ _SIGNALS = {
 
 def cause(
     answers: Mapping[int, Answer], deaths: Mapping[int, str], *, during: str
-) -> tuple[int, RankError | UsageError] | None:
+) -> tuple[int, RankError | UsageError | InvariantError] | None:
     """The guilty rank and the error to raise: the lowest rank that is no mere echo. None where all went well."""
     bad = [answer for answer in answers.values() if not answer.good]
     suspects = [(answer.echo, answer.rank) for answer in bad] + [(False, rank) for rank in deaths]

@@ -51,14 +51,15 @@ class Here:
             self.place = _alone(device)
         self.limit_groups()
 
-    def limit_groups(self) -> None:
+    def limit_groups(self, *, but: ProcessGroup | None = None) -> None:
         """Gives the time limit to all process groups made since this object was. Call it when device meshes are made.
 
-        A new group does not inherit the limit of the default one: torch gives it 10 minutes (NCCL) or 30.
+        A new group does not inherit the limit of the default one: torch gives it 10 minutes (NCCL) or 30. `but` is a
+        group that keeps its own.
         """
         from torch.distributed.distributed_c10d import _set_pg_timeout  # noqa: PLC0415  (as above)
 
-        for group in _groups() - self._theirs:
+        for group in _groups() - self._theirs - {but}:
             _set_pg_timeout(self._timeout, group)
 
     def close(self, *, in_peace: bool = True) -> None:

@@ -54,8 +54,8 @@ class Ranks(ABC):
         outside the main thread and where somebody else handles SIGTERM. Under torchrun, which forwards signals and
         output itself, only the time limit changes.
 
-        Raises `RankFailed`, `RankDied` or `RankHung`; a `UsageError` that a rank raised comes back as it was. After
-        any error the ranks are ended. Raises `UsageError` where they have ended already.
+        Raises `RankFailed`, `RankDied` or `RankHung`; a `UsageError` or `InvariantError` that a rank raised comes back
+        as it was. After any error the ranks are ended. Raises `UsageError` where they have ended already.
         """
         if self._ended is not None:
             raise UsageError(f"cannot run {method} on ranks that {self._ended}; start new ones")

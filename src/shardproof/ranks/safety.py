@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shardproof.errors import UsageError
 
-_WAY_OUT = "start the ranks before that (call check first), or use the command line: shardproof check FILE"
+_WAY_OUT = "start the ranks before that (call check, or fit of the Trainer, before), or use the command line"
 
 
 def refuse_unsafe_fork(device: str) -> None:

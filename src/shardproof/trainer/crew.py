@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from shardproof.errors import CheckpointError, UsageError
-from shardproof.ranks import Place, Ranks, start
+from shardproof.checkpoint import folder
+from shardproof.checkpoint.together import own_group
+from shardproof.errors import CheckpointError, RankLost, UsageError
+from shardproof.ranks import Place, Ranks, noise, start
+from shardproof.ranks.failure import lost_peer
 from shardproof.ranks.here import Here
 from shardproof.spec.experiment import Experiment
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.training import Training
 from shardproof.trainer.loop import Loop
 from shardproof.trainer.screen import Bar, Screen, Shown, screen_on
+from shardproof.trainer.signals import Termination
 
 
 class Crew(ABC):
@@ -48,9 +55,17 @@ class Crew(ABC):
 class InProcess(Crew):
     """This process is a rank."""
 
-    def __init__(self, experiment: Experiment, parallelism: Parallelism, training: Training, timeout_s: float) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        parallelism: Parallelism,
+        training: Training,
+        timeout_s: float,
+        *,
+        quiet: bool = False,
+    ) -> None:
         self._about = experiment, parallelism, training
-        self._timeout_s = timeout_s
+        self._timeout_s, self._quiet = timeout_s, quiet
         self._here: Here | None = None
         self._loop: Loop | None = None
 
@@ -58,21 +73,46 @@ class InProcess(Crew):
     def loop(self) -> Loop:
         """Made when it is first asked for."""
         if self._loop is None:
-            experiment, parallelism, training = self._about
-            self._here = self._here or Here(training.device, timeout_s=self._timeout_s)
-            place = self._here.place
-            screen = screen_on(Console(stderr=True), progress_bar=training.progress_bar and place.rank == 0)
-            self._screen = screen
-            self._loop = Loop(experiment, parallelism, training, place, lambda event: _draw(screen, event))
+            with self._watching("the start"):
+                self._loop = self._started()
         return self._loop
 
+    def _started(self) -> Loop:
+        experiment, parallelism, training = self._about
+        self._here = self._here or Here(training.device, timeout_s=self._timeout_s)
+        place = self._here.place
+        shows = training.progress_bar and not self._quiet and place.rank == 0
+        screen = screen_on(Console(stderr=True, quiet=self._quiet), progress_bar=shows)
+        self._screen = screen
+        loop = Loop(experiment, parallelism, training, place, lambda event: _draw(screen, event))
+        # Whoever waits for a slow writer of checkpoints waits longer than for a step.
+        self._here.limit_groups(but=own_group())
+        return loop
+
     def call(self, method: str, *args: Any) -> Any:
-        """Runs it here; the other ranks run their own."""
-        loop = self.loop
+        """Runs it here; the other ranks run their own. Raises `RankLost` where one of them is gone."""
+        # Asked to end while it still starts, it starts, and ends before the first step.
+        with Termination() if method == "fit" else nullcontext():
+            loop = self.loop
+            try:
+                with self._watching(method):
+                    return getattr(loop, method)(*args)
+            finally:
+                self._screen.close()
+
+    @contextmanager
+    def _watching(self, during: str) -> Iterator[None]:
+        """Nobody else watches over the ranks of a launch: what a collective raises for a lost peer is told as such."""
         try:
-            return getattr(loop, method)(*args)
-        finally:
-            self._screen.close()
+            with warnings.catch_warnings():
+                noise.silence()
+                yield
+        except Exception as error:
+            if self._here is None or self._here.place.size == 1 or not lost_peer(error):
+                raise
+            rank, (_, _, training) = self._here.place.rank, self._about
+            step = f"{during}, after step {self._loop.progress.step}" if self._loop is not None else during
+            raise RankLost(rank, _how(error), during=step, way_on=_way_on(training)) from error
 
     def call_for_tensors(self, method: str, *args: Any) -> Any:
         """Likewise: nothing has to travel."""
@@ -88,11 +128,19 @@ class InProcess(Crew):
 class Forked(Crew):
     """Ranks of our own, started at the first call."""
 
-    def __init__(self, experiment: Experiment, parallelism: Parallelism, training: Training, timeout_s: float) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        parallelism: Parallelism,
+        training: Training,
+        timeout_s: float,
+        *,
+        quiet: bool = False,
+    ) -> None:
         self._work = _Work(experiment, parallelism, training)
         self._size, self._timeout_s, self._device = parallelism.world_size, timeout_s, training.device
         self._name = parallelism.strategy
-        self._shows = training.progress_bar
+        self._shows, self._quiet = training.progress_bar and not quiet, quiet
         self._ranks: Ranks | None = None
 
     @property
@@ -114,7 +162,7 @@ class Forked(Crew):
                 f"{method}() has to send its arguments to the ranks, which are other processes: {error}; "
                 "give data as eval_data to the Trainer, which ranks inherit, or functions that have a name in a module"
             ) from error
-        screen = screen_on(Console(stderr=True), progress_bar=self._shows)
+        screen = screen_on(Console(stderr=True, quiet=self._quiet), progress_bar=self._shows)
         self._ranks.on_output = screen.message
         self._ranks.on_event = lambda _rank, event: _draw(screen, event)
         try:
@@ -150,11 +198,13 @@ class _Work:
         self._joined = False
 
     def work(self, place: Place, method: str, message: bytes) -> Any:
-        try:
-            return self._work(place, method, message)
-        except CheckpointError as error:
-            # It is raised on all ranks alike, so they go on together: a wrong path costs nothing that was trained.
-            return _Refused(error)
+        # As in `InProcess.call`.
+        with Termination() if method == "fit" else nullcontext():
+            try:
+                return self._work(place, method, message)
+            except CheckpointError as error:
+                # It is raised on all ranks alike, so they go on together: a wrong path costs nothing that was trained.
+                return _Refused(error)
 
     def _work(self, place: Place, method: str, message: bytes) -> Any:
         if self._loop is None:
@@ -178,6 +228,25 @@ class _Work:
 @dataclass(frozen=True, slots=True)
 class _Refused:
     error: CheckpointError
+
+
+def _way_on(training: Training) -> str:
+    """What to do after a loss."""
+    if training.save_folder is None:
+        return "nothing was saved, as the training has no save_folder; start it again on all hosts, with --save-folder"
+    newest = folder.newest(Path(training.save_folder))
+    if newest is None:
+        return f"{training.save_folder} holds no complete checkpoint yet; start again on all hosts"
+    return (
+        f"the last complete checkpoint is {newest}; go on from it by starting all hosts again with --resume "
+        '(load_path="auto"), on as many ranks as you like'
+    )
+
+
+def _how(error: BaseException) -> str:
+    """Gloo's first sentence, without the place in its own sources: `Connection closed by peer [10.0.0.2]:18110`."""
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return re.sub(r"^\[\S+:\d+\] ", "", first).partition(". ")[0]
 
 
 def _draw(screen: Screen, event: object) -> None:

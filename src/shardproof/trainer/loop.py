@@ -288,7 +288,10 @@ class Loop:
         self._steps_per_epoch = loader.steps_per_epoch
         if self.loader_state is not None:
             loader.load_state_dict(self.loader_state)
+        first = self.progress.step
         try:
+            # Who is asked to end before the first step does not wait for it: it may take minutes to compile.
+            self._exchange_losses(termination)
             steps, epoch_starts = iter(loader), True
             while not self.stop_reason and not self.progress.reached(until):
                 loaded = next(steps)
@@ -302,6 +305,7 @@ class Loop:
                     self._tell("epoch_end")
                 if eval_due.due(self.progress) and training.eval_data is not None:
                     self._evaluate_now()
+                    self._exchange_losses(termination)
                 if save_due.due(self.progress) and training.save_folder is not None:
                     self._save_now()
             self._exchange_losses(termination)
@@ -312,7 +316,8 @@ class Loop:
         evaluated = self.evaluation is not None and self.evaluation.step == self.progress.step
         if training.eval_data is not None and not evaluated and self.stop_reason != "SIGTERM":
             self._evaluate_now()
-        if training.save_folder is not None and not self._saving.is_saved:
+        began = self.progress.step > first or self.stop_reason != "SIGTERM"
+        if training.save_folder is not None and not self._saving.is_saved and began:
             self._save_now()
         self._journal.flush()
 
@@ -392,7 +397,7 @@ class Loop:
         self._losses += told.losses
         for at, loss in enumerate(told.losses):
             self._journal.note(first + at + 1, {"train/loss": loss})
-        for callback in self.training.callbacks:
+        for callback in self.training.callbacks if told.losses else ():
             callback.losses(self, first, told.losses)
         self._journal.flush()
         self._say_to_caller(self._shown(rate))

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 from shardproof.ranks.sigterm import ONE_REQUEST_S, by_default
 
@@ -17,6 +17,7 @@ class Termination:
 
     SIGTERMs of the same `ONE_REQUEST_S` seconds are one request: a batch system signals every process of a job, and
     the launcher passes on what it gets. Outside the main thread, where Python handles no signals, it does nothing.
+    Within another one it is that one.
     """
 
     requested: bool
@@ -29,8 +30,11 @@ class Termination:
         self._installed = False
         self._earlier: Any = signal.SIG_DFL
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Termination:
         if threading.current_thread() is threading.main_thread():
+            outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+            if isinstance(outer, Termination):
+                return outer
             self._earlier = signal.signal(signal.SIGTERM, self._handle)
             self._installed = True
         return self

@@ -44,6 +44,7 @@ class Trainer:
         ranks: int | None = None,
         fork: bool | None = None,
         timeout_s: float = 600.0,
+        quiet: bool = False,
         **changes: Unpack[Changes],
     ) -> None:
         """Take the fields of `training` (by default those of `Training()`), replaced by keyword arguments.
@@ -51,7 +52,8 @@ class Trainer:
         `parallelism` is the name of a strategy, degrees (`tp=2,dp_shard=2`) or a Parallelism. `ranks` is for named
         strategies; left out, it is the size of the launch, or 4. `fork` decides where it runs, if it must be decided:
         False makes this process a rank even outside a launch, which asks for a world of one. `timeout_s` is how long
-        all ranks may be silent before they count as hung.
+        all ranks may be silent before they count as hung. `quiet` shows neither a progress bar nor what forked ranks
+        print.
 
         Raises `UsageError` and `StrategyError` at once for whatever can be told without building the model.
         """
@@ -64,9 +66,9 @@ class Trainer:
         self.parallelism = parse(parallelism, ranks if ranks is not None else (world or RANKS))
         self._refuse(world, in_process=in_process)
         self._crew: Crew = (
-            InProcess(experiment, self.parallelism, self.training, timeout_s)
+            InProcess(experiment, self.parallelism, self.training, timeout_s, quiet=quiet)
             if in_process
-            else Forked(experiment, self.parallelism, self.training, timeout_s)
+            else Forked(experiment, self.parallelism, self.training, timeout_s, quiet=quiet)
         )
 
     def _need_data(self, data: Any) -> None:
