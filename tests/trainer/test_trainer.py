@@ -214,7 +214,8 @@ def test_on_a_terminal_a_bar_is_drawn_and_left_closed_and_the_conclusion_goes_to
         assert program.stdout
         said = program.stdout.read()
     assert program.returncode == 0
-    (conclusion,) = said.splitlines()
+    *logged, conclusion = said.splitlines()
+    assert all(re.match(r"(run|step \d+)  ", line) for line in logged)
     assert conclusion.startswith("ddp: 20 steps, 2 epochs in ")
     assert "epoch 2 step 20/20" in drawn.rpartition("\r")[0] + drawn
     assert drawn.rpartition("\x1b[?25")[2].startswith("h"), "the cursor is there again"

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from shardproof.checkpoint import folder
 from shardproof.checkpoint import index as indices
 from shardproof.checkpoint import optimizer as optimizers
-from shardproof.checkpoint.gathered import let_go
 from shardproof.checkpoint.index import Index
 from shardproof.checkpoint.optimizer import Restoring
 from shardproof.checkpoint.placed import Declared, Placed, placed
@@ -31,6 +30,7 @@ from shardproof.checkpoint.state import BUFFER, MODEL, check_model, check_shapes
 from shardproof.checkpoint.stream import REAL
 from shardproof.checkpoint.together import from_first, own_group, together
 from shardproof.errors import CheckpointError
+from shardproof.parallel.gathered import let_go
 from shardproof.parallel.held import Held, ties
 
 

@@ -63,8 +63,11 @@ def extras_of(activation_checkpointing: bool | tuple[str, ...], units: tuple[str
     return Extras(checkpointed=patterns, **others)  # type: ignore[arg-type]
 
 
-def checkpoint_activations(model: nn.Module, patterns: tuple[str, ...]) -> None:
+def checkpoint_activations(model: nn.Module, patterns: tuple[str, ...], *, compiled: bool = False) -> None:
     """Compute the forward pass of the modules that match again in the backward pass, instead of keeping activations.
+
+    With `compiled`, what is computed again is compiled: torch's compiler passes over a checkpoint that it meets from
+    outside, and leaves everything in it as it is, without a word.
 
     Raises `PatternError` where a pattern matches nothing.
     """
@@ -73,10 +76,17 @@ def checkpoint_activations(model: nn.Module, patterns: tuple[str, ...]) -> None:
     for name in names:
         module = modules[name]
         # Not a wrapper module, which would stand in every name. Hooks (FSDP's, tensor parallelism's) stay outside.
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        forward = torch.compile(module.forward) if compiled else module.forward
+        module.forward = partial(checkpoint, forward, use_reentrant=False)
 
 
 def compile_units(model: nn.Module, units: list[nn.Module]) -> None:
     """Compile each unit in place, or the model where there is none: equal blocks are compiled once for all."""
     for module in units or [model]:
-        module.compile()
+        # Of a unit that is checkpointed, all that can be compiled already is.
+        if not _is_checkpointed(module):
+            module.compile()
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return isinstance(module.forward, partial) and module.forward.func is checkpoint

@@ -53,7 +53,7 @@ def lay_out(
                 '{"fc1": "colwise", "fc2": "rowwise"}, or Experiment.parallelize'
             )
         plan.apply(model, experiment.tp_plan, mesh["tp"])
-    checkpoint_activations(model, extras.checkpointed)
+    checkpoint_activations(model, extras.checkpointed, compiled=extras.compiled)
     if extras.compiled:
         # Outermost but for data parallelism, whose hooks must run between the compiled units.
         compile_units(model, units)

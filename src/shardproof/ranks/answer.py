@@ -14,20 +14,20 @@ from shardproof.ranks.place import Place
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """Exactly one of a result, a failure and a usage error."""
+    """Exactly one of a result, a failure and an error that goes to the caller as it is."""
 
     rank: int
     result: Any = None
     failure: Failure | None = None
-    usage: UsageError | InvariantError | None = None
-    """Goes to the caller as it is: not the rank failed, but what it was asked to do is wrong, or was found to be."""
+    verdict: UsageError | InvariantError | None = None
+    """Not the rank failed: what it was asked to do is wrong, or it found replicas that differ."""
     echo: bool = False
     """Whether the failure says only that a peer was lost, so that the cause is elsewhere."""
 
     @property
     def good(self) -> bool:
         """Whether the call went well on this rank."""
-        return self.failure is None and self.usage is None
+        return self.failure is None and self.verdict is None
 
 
 def perform(target: object, place: Place, message: bytes) -> bytes:
@@ -42,12 +42,15 @@ def perform(target: object, place: Place, message: bytes) -> bytes:
 
 def _answer(error: BaseException, rank: int) -> Answer:
     if isinstance(error, UsageError | InvariantError):
-        return Answer(rank=rank, usage=_portable(error))
+        return Answer(rank=rank, verdict=_portable(error))
     return Answer(rank=rank, failure=describe(error, rank), echo=only_waited(error))
 
 
 def _portable(error: UsageError | InvariantError) -> UsageError | InvariantError:
     """`error`, or its nearest base among shardproof's own errors where the class itself does not pickle."""
+    if isinstance(error, InvariantError):
+        # What it holds is plain data, whatever class it is of.
+        return InvariantError(error.violations)
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  (a user's class may raise anything on its way through pickle)

@@ -34,7 +34,7 @@ def cause(
     guilty = answers[rank]
     if guilty.failure is not None:
         return rank, RankFailed(guilty.failure, during=during)
-    return rank, guilty.usage or UsageError("a rank failed without saying why")
+    return rank, guilty.verdict or UsageError("a rank failed without saying why")
 
 
 def how_it_ended(exit_code: int | None) -> str:

@@ -49,12 +49,27 @@ class Training:
     """Makes the learning rate scheduler, which is stepped after every optimizer step; not ReduceLROnPlateau."""
 
     precision: Precision = "fp32"
-    """`fp32`, `fp64`, or autocast to `bf16` or `fp16` over float32 weights; `fp16` scales the loss by itself."""
+    """`fp32`, `fp64`, or autocast to `bf16` or `fp16` over float32 weights.
+
+    Under all of them parameters, gradients and optimizer states are kept in float32 (float64 under `fp64`), and
+    gradients are reduced in it. What layers of a tensor-parallel plan hand each other is reduced as it is computed, in
+    `bf16` or `fp16`.
+
+    `fp16` also scales the loss, as torch.amp.GradScaler does: from 2**16, halved where a gradient overflows on any
+    rank, doubled after 2000 steps without. All ranks then skip the step, and the scheduler's. How large the numbers of
+    a backward pass are depends on how the batch is cut, so that two layouts may skip different steps; each of them
+    finds the scale that fits it.
+
+    A `train_step` of the experiment's own gets `Step.loss` under autocast, and nothing else: under `fp16` it has to
+    scale the loss, look for overflows on all ranks and skip by itself. `Step.model` called directly is not under
+    autocast.
+    """
 
     gather_precision: Literal["bf16", "fp16"] | None = None
-    """What FSDP casts parameters to before it gathers them, beside the same `precision`. Halves the traffic of gathers,
-    and rounds parameters that autocast would have left alone (norms, embeddings), so that FSDP no longer computes the
-    very same as other layouts, which ignore it."""
+    """What FSDP casts parameters to before it gathers them, the same as `precision`; other layouts gather nothing, and
+    leave it. Gradients are reduced in float32 all the same. It halves the traffic, and rounds parameters that autocast
+    would have left alone (norms, embeddings), so that FSDP no longer computes the very same as other layouts. A module
+    that autocast leaves alone must take its weights in that precision: BatchNorm on a CPU does not."""
 
     callbacks: Sequence[Callback] = ()
     """Called at the events of `sp.Callback`, on every rank, in this order."""
@@ -123,8 +138,8 @@ class Training:
             self._one_of("gather_precision", ("bf16", "fp16"))
             if self.gather_precision != self.precision:
                 raise UsageError(
-                    f"gather_precision={self.gather_precision!r} hands the model weights of that precision, and "
-                    f"precision={self.precision!r} computes in another; make them the same, or leave it out"
+                    f"gather_precision={self.gather_precision!r} with precision={self.precision!r}: layers would get "
+                    f"inputs and weights of two kinds; give precision={self.gather_precision!r} too, or leave it out"
                 )
         self._one_of("device", ("cpu", "cuda"))
         self._one_of("check_action", ("stop", "warn"))
@@ -145,6 +160,11 @@ class Training:
                 raise UsageError(f"{name}={value!r}; it must be a path")
         self._each("callbacks", "fit_start", "sp.Callback")
         self._each("loggers", "log", "sp.Logger")
+        if isinstance(self.activation_checkpointing, str):
+            raise UsageError(
+                f"activation_checkpointing is the text {self.activation_checkpointing!r}; write the tuple "
+                f"({self.activation_checkpointing!r},)"
+            )
         if self.metrics is not None and self.eval_data is None:
             raise UsageError("metrics are measured on eval_data, and there is none; give eval_data as well")
         if self.load_path == "auto" and self.save_folder is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -36,19 +39,45 @@ def _checked(optimizer: object) -> Optimizer:
     return optimizer
 
 
+@contextlib.contextmanager
+def _unwrapped(laid_out: FullyShardedDataParallel) -> Iterator[nn.Module]:
+    """The user's own model, without the wrappers of its units: each would stand in the names of its parameters."""
+    wrapped = [
+        (parent, name, child)
+        for parent in laid_out.modules()
+        if not isinstance(parent, FullyShardedDataParallel)
+        for name, child in parent.named_children()
+        if isinstance(child, FullyShardedDataParallel)
+    ]
+    for parent, name, child in wrapped:
+        parent._modules[name] = child.module
+    try:
+        yield laid_out.module
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
+
+
 def _over_flat_parameters(experiment: Experiment, laid_out: FullyShardedDataParallel) -> Optimizer:
     """Build the optimizer while parameters have their full shapes, then give it the shards that it will step.
 
     Outside `summon_full_params` every sharded parameter is one-dimensional, and "no decay on vectors" would mean all.
     """
+    frozen = {entry.name for entry in held_parameters(laid_out) if not entry.leaf.requires_grad}
+    frozen |= {name for group in ties(laid_out) if frozen.intersection(group) for name in group}
     with FullyShardedDataParallel.summon_full_params(laid_out, writeback=False):
-        names = {
-            id(parameter): join(prefix, name)
+        shown = {
+            join(prefix, name): parameter
             for prefix, module in canonical_modules(laid_out)
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
-        optimizer = _checked(experiment.optimizer(laid_out.module))
+        for untrained in frozen & shown.keys():
+            # Of a tensor-parallel shard FSDP shows a new parameter, which has forgotten that it was frozen.
+            shown[untrained].requires_grad_(False)
+        names = {id(parameter): name for name, parameter in shown.items()}
+        with _unwrapped(laid_out) as plainly:
+            optimizer = _checked(experiment.optimizer(plainly))
         groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
         state = {names.get(id(p)): entries for p, entries in optimizer.state.items()}
     held = {entry.name: entry for entry in held_parameters(laid_out)}

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from shardproof.parallel.held import plain
 
+LARGEST = 2.0**127
+"""The largest power of two in float32."""
+
 
 @dataclass
 class LossScaler:
@@ -33,13 +36,12 @@ class LossScaler:
     skipped: bool = False
     """Whether the last step found an overflow, and so changed no weight."""
 
-    def unscale_(self, gradients: Sequence[Tensor]) -> bool:
+    def unscale_(self, gradients: Sequence[Tensor], device: torch.device) -> bool:
         """Take the scale out of `gradients`, in place; whether they are finite on all ranks.
 
-        A collective over the default process group.
+        A collective over the default process group, on `device`.
         """
         local = [plain(gradient) for gradient in gradients]
-        device = local[0].device if local else torch.device("cpu")
         overflow = torch.zeros(1, device=device)
         by_kind: dict[torch.dtype, list[Tensor]] = {}
         for gradient in local:
@@ -60,7 +62,8 @@ class LossScaler:
             return
         self.good_steps += 1
         if self.good_steps == self.growth_interval:
-            self.scale *= self.growth
+            # Gradients that are exactly zero never overflow, and an infinite scale would make NaN of them.
+            self.scale = min(self.scale * self.growth, LARGEST)
             self.good_steps = 0
 
     def state_dict(self) -> dict[str, float]:

@@ -88,7 +88,7 @@ def train_step(step: Step, parameters: list[Held], observer: Observer | None = N
     settle_gradients(parameters)
     finite = True
     if step.scaler is not None:
-        finite = step.scaler.unscale_(_gradients(parameters))
+        finite = step.scaler.unscale_(_gradients(parameters), logged.device)
         step.scaler.update()
     if step.loss_scale != 1.0:
         scale_(_gradients(parameters), 1 / step.loss_scale)

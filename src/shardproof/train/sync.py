@@ -23,7 +23,7 @@ def gradient_sync(model: nn.Module, due: bool) -> Iterator[None]:
         for module in _reducers(model):
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(due)
-            elif not due and not _flattens_tp_shards(module) and not _is_static(module):
+            elif not due and not (_is_static(module) or _flattens_tp_shards(module) or _adds_in_low_precision(module)):
                 stack.enter_context(module.no_sync())
         yield
 
@@ -60,6 +60,15 @@ def _flattens_tp_shards(module: nn.Module) -> bool:
         for handle in flat_handles(module)
         for extension in handle.flat_param._param_extensions
     )
+
+
+def _adds_in_low_precision(module: nn.Module) -> bool:
+    """Whether FSDP's flat parameters are gathered in less than their own precision.
+
+    Under `no_sync` torch 2.13 adds up the gradients of micro-batches in that precision. Reduced after every
+    micro-batch, they are added up in the precision of the parameters, as `fully_shard` does.
+    """
+    return any(handle._uses_param_mixed_precision for handle in flat_handles(module))
 
 
 def _reducers(module: nn.Module) -> Iterator[DistributedDataParallel | FullyShardedDataParallel | FSDPModule]:

@@ -52,6 +52,11 @@ class Exchange:
         """Whether it is time; the same on every rank."""
         return len(self._losses) >= self._every
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there are losses that have not been exchanged; the same on every rank."""
+        return bool(self._losses)
+
     def start(self, elapsed_s: float) -> None:
         """The clock starts at `elapsed_s`."""
         self._last_s = elapsed_s

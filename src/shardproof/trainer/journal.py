@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from shardproof.trainer.logger import Logger
@@ -30,15 +31,16 @@ class Journal:
     def flush(self) -> None:
         """Hand everything to the loggers."""
         for step in sorted(self._values):
+            # Taken out first: after a logger has failed, `close` must not tell the others the same once more.
+            values = self._values.pop(step)
             for logger in self._opened:
-                logger.log(self._values[step], step)
-        self._values.clear()
+                logger.log(values, step)
 
     def close(self, *, failed: bool) -> None:
         """The run is over, or has failed: what is still kept is logged, and every logger closed."""
-        try:
+        with ExitStack() as closing:
+            # Every logger is closed, the first one first, whatever the others raise.
+            for logger in reversed(self._opened):
+                closing.callback(logger.close, failed=failed)
+            self._opened = []
             self.flush()
-        finally:
-            opened, self._opened = self._opened, []
-            for logger in opened:
-                logger.close(failed=failed)

@@ -21,6 +21,7 @@ from shardproof.parallel import initial, mesh
 from shardproof.parallel.data import cast
 from shardproof.parallel.deferred import build_deferred, fills_first
 from shardproof.parallel.extras import extras_of
+from shardproof.parallel.gathered import flat_gradients_aside, let_go
 from shardproof.parallel.held import Held, held_parameters
 from shardproof.parallel.loading import LoadedStep, Loader
 from shardproof.parallel.names import canonical_buffers
@@ -304,11 +305,15 @@ class Loop:
                 if loaded.last:
                     self._tell("epoch_end")
                 if eval_due.due(self.progress) and training.eval_data is not None:
+                    self._catch_up(termination)
                     self._evaluate_now()
+                    # Whoever is asked to end during an evaluation takes no further step.
                     self._exchange_losses(termination)
                 if save_due.due(self.progress) and training.save_folder is not None:
+                    # Whoever goes on from here must not lack the losses of the steps before.
+                    self._catch_up(termination)
                     self._save_now()
-            self._exchange_losses(termination)
+            self._catch_up(termination)
         finally:
             loader.close()
         self.stop_reason = self.stop_reason or "max_duration"
@@ -383,6 +388,11 @@ class Loop:
             raise error
         if self.rank == 0:
             warnings.warn(f"after step {self.progress.step}: {error}", stacklevel=2)
+
+    def _catch_up(self, termination: Termination) -> None:
+        """Exchange what has not been exchanged yet: loggers get the values of earlier steps first."""
+        if self._exchange.waiting:
+            self._exchange_losses(termination)
 
     def _exchange_losses(self, termination: Termination) -> None:
         """Learn every rank's losses, and whether one of them is to stop."""
@@ -473,8 +483,11 @@ class Loop:
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            with torch.no_grad(), initial.default_dtype(self.dtype):
-                yield
+            with torch.no_grad(), initial.default_dtype(self.dtype), flat_gradients_aside(self.model):
+                try:
+                    yield
+                finally:
+                    let_go(self.model)
         finally:
             for module, mode in modes.items():
                 module.training = mode
