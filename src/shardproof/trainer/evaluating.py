@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import isroutine
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from shardproof.errors import UsageError
+from shardproof.parallel import initial
 from shardproof.parallel.data import Microbatch, cast
+from shardproof.parallel.gathered import flat_gradients_aside, let_go
 from shardproof.parallel.loading import eval_batches
 from shardproof.parallel.seeding import seed_everything
 from shardproof.spec.experiment import Batch
@@ -28,7 +31,7 @@ _EVALUATION = 1_000_003
 
 
 class Evaluating:
-    """What a `Loop` evaluates and predicts with. Its model is in evaluation mode already, without gradients."""
+    """What a `Loop` evaluates and predicts with."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -36,28 +39,30 @@ class Evaluating:
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """The mean loss and the metrics over all samples, the same on every rank."""
         loop = self._loop
-        metrics = loop.training.metrics
-        measurement = Measurement(
-            metrics() if isroutine(metrics) else metrics,
-            loss=loop.experiment.loss,
-            data_group=loop.data_group,
-            device=loop.device,
-            dtype=loop.dtype,
-        )
-        update = autocasting(measurement.update, loop.training.precision, loop.device.type)
-        for part in self._batches(data):
-            update(loop.model, part)
-        return measurement.compute()
+        with self._set_aside():
+            metrics = loop.training.metrics
+            measurement = Measurement(
+                metrics() if isroutine(metrics) else metrics,
+                loss=loop.experiment.loss,
+                data_group=loop.data_group,
+                device=loop.device,
+                dtype=loop.dtype,
+            )
+            update = autocasting(measurement.update, loop.training.precision, loop.device.type)
+            for part in self._batches(data):
+                update(loop.model, part)
+            return measurement.compute()
 
     def predict(self, data: Any, forward: Callable[[nn.Module, Batch], Any] | None) -> Any:
         """Outputs of every sample in order, on rank 0; None elsewhere."""
         loop = self._loop
         forward = autocasting(forward or first_of, loop.training.precision, loop.device.type)
         own: list[Any] = []
-        for part in self._batches(data):
-            output = forward(loop.model, part.batch)
-            # A part without samples took part in the collectives, and has nothing to say.
-            own.append(tree_map_only(Tensor, _whole, output) if part.weight else None)
+        with self._set_aside():
+            for part in self._batches(data):
+                output = forward(loop.model, part.batch)
+                # A part without samples took part in the collectives, and has nothing to say.
+                own.append(tree_map_only(Tensor, _whole, output) if part.weight else None)
         parts: list[list[Any]] | None = None
         first = dist.get_process_group_ranks(loop.data_group)[0]
         if loop.rank == first:
@@ -82,6 +87,21 @@ class Evaluating:
         ):
             loop.alive()
             yield Microbatch(cast(part.batch, loop.dtype, loop.device), part.weight)
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Evaluation mode without gradients inside; afterwards every module is in the mode in which it was."""
+        modes = {module: module.training for module in self._loop.model.modules()}
+        self._loop.model.eval()
+        try:
+            with torch.no_grad(), initial.default_dtype(self._loop.dtype), flat_gradients_aside(self._loop.model):
+                try:
+                    yield
+                finally:
+                    let_go(self._loop.model)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def first_of(model: nn.Module, batch: Batch) -> Any:

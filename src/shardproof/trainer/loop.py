@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from shardproof.errors import ExperimentError, InvariantError, UsageError
 from shardproof.invariants import check_invariants
 from shardproof.parallel import initial, mesh
 from shardproof.parallel.data import cast
-from shardproof.parallel.deferred import build_deferred, fills_first
-from shardproof.parallel.extras import extras_of
-from shardproof.parallel.gathered import flat_gradients_aside, let_go
-from shardproof.parallel.held import Held, held_parameters
 from shardproof.parallel.loading import LoadedStep, Loader
 from shardproof.parallel.names import canonical_buffers
 from shardproof.parallel.seeding import seed_everything
@@ -32,20 +26,19 @@ from shardproof.spec.experiment import Batch, Experiment
 from shardproof.spec.loss import LossSum
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.training import Training
-from shardproof.train.arrange import arrange
-from shardproof.train.scaling import LossScaler
 from shardproof.train.step import Step, one_step
 from shardproof.train.sync import unreduced
+from shardproof.trainer.building import build
 from shardproof.trainer.evaluating import Evaluating
 from shardproof.trainer.exchange import Exchange
 from shardproof.trainer.fit import Evaluation, Fit
 from shardproof.trainer.journal import Journal
 from shardproof.trainer.loggers.console import ConsoleLogger
-from shardproof.trainer.precision import COMPUTED_IN, autocasting, weights_in
+from shardproof.trainer.precision import autocasting, weights_in
 from shardproof.trainer.progress import Interval, Progress
 from shardproof.trainer.saving import Saving
-from shardproof.trainer.screen import Shown
 from shardproof.trainer.signals import Termination
+from shardproof.trainer.telling import about, shown, sizes
 
 
 class Loop:
@@ -78,8 +71,7 @@ class Loop:
         self.step_samples = 0
         """Samples of the last global batch."""
         self._say = tell
-        with initial.default_dtype(self.dtype):
-            self._build()
+        self._build()
         self._said_s = time.monotonic()
         self._loss_is_global = False
         self._exchange = Exchange(
@@ -102,22 +94,12 @@ class Loop:
             self._saving.resume(training.load_path)
 
     def _build(self) -> None:
-        experiment, training = self.experiment, self.training
-        extras = extras_of(
-            training.activation_checkpointing,
-            experiment.fsdp_units,
-            compiled=training.compile,
-            param_dtype=COMPUTED_IN.get(training.gather_precision or ""),
-            unused_parameters=training.unused_parameters,
-        )
-        model, fill = self._unlaid()
-        arranged = arrange(model, experiment, self.mesh, self.parallelism, extras=extras, fill=fill)
+        trained = build(self.experiment, self.parallelism, self.training, self.mesh, self.device)
+        arranged, self.scheduler, self.scaler = trained.arranged, trained.scheduler, trained.scaler
         self.model, self.root = arranged.model, arranged.root
         """The very object that the layout returned, and the module whose names are the experiment's."""
         self.optimizer, self.parameters, self.shapes = arranged.optimizer, arranged.parameters, arranged.shapes
-        self.scheduler = self._make_scheduler()
-        self.scaler = LossScaler() if training.precision == "fp16" and experiment.train_step is None else None
-        self.loss_of = autocasting(experiment.loss, training.precision, self.device.type)
+        self.loss_of = autocasting(self.experiment.loss, self.training.precision, self.device.type)
         """The experiment's loss, in the run's precision."""
         self.template = Step(
             model=self.model,
@@ -126,49 +108,11 @@ class Loop:
             loss=self._noted_loss,
             mesh=self.mesh,
             parallelism=self.parallelism,
-            max_grad_norm=experiment.max_grad_norm,
+            max_grad_norm=self.experiment.max_grad_norm,
             index=0,
             data_group=self.data_group,
             scaler=self.scaler,
         )
-
-    def _unlaid(self) -> tuple[torch.nn.Module, Callable[[torch.nn.Module, list[Held]], None] | None]:
-        """The model before it is laid out, and what is to give it values afterwards, if anything."""
-        if self.training.init_device != "meta":
-            return initial.build(self.experiment, self.dtype, self.device), None
-        model, recipe = build_deferred(self.experiment, self.dtype)
-        if fills_first(self.parallelism):
-            recipe.fill(model, list(held_parameters(model)), self.device)
-            return model, None
-        return model, lambda root, parameters: recipe.fill(root, parameters, self.device)
-
-    def _make_scheduler(self) -> LRScheduler | None:
-        if self.training.scheduler is None:
-            return None
-        try:
-            scheduler = self.training.scheduler(self.optimizer)
-        except TypeError as error:
-            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-                raise
-            # It was not even entered: a class that wants more than an optimizer, most likely.
-            raise UsageError(
-                f"scheduler cannot be called with the optimizer alone ({error}); give a function that can, as "
-                "lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
-            ) from error
-        if not isinstance(scheduler, LRScheduler):
-            raise UsageError(
-                f"scheduler returned {type(scheduler).__name__}; it must return a torch.optim.lr_scheduler.LRScheduler"
-            )
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise UsageError(
-                "ReduceLROnPlateau is stepped with a metric, and schedulers are stepped after every optimizer step; "
-                "lower the learning rate in a callback's eval_end instead"
-            )
-        if getattr(scheduler, "optimizer", self.optimizer) is not self.optimizer:
-            raise UsageError(
-                f"scheduler returned a {type(scheduler).__name__} of another optimizer; make it of the one it is given"
-            )
-        return scheduler
 
     # What callbacks may call.
 
@@ -185,16 +129,14 @@ class Loop:
 
         Raises `UsageError` where there is neither.
         """
-        with self._set_aside():
-            return self._evaluating.evaluate(data)
+        return self._evaluating.evaluate(data)
 
     def predict(self, data: Any = None, forward: Callable[..., Any] | None = None) -> Any:
         """Outputs for every sample of `data` (or `eval_data`), in order, on the CPU of rank 0; None on other ranks.
 
         `forward` is (model, batch) -> output; by default `model(batch[0])` of a tuple, `model(batch)` of a tensor.
         """
-        with self._set_aside():
-            return self._evaluating.predict(data, forward)
+        return self._evaluating.predict(data, forward)
 
     def save(self, path: str | Path | None = None) -> Path:
         """Write a checkpoint to `path`, or under its usual name into `save_folder`, and wait until it is there."""
@@ -244,7 +186,7 @@ class Loop:
             )
         done = False
         try:
-            self._journal.open(self._about())
+            self._journal.open(about(self))
             with initial.default_dtype(self.dtype), Termination() as termination:
                 self._train(termination)
             self._saving.wait()
@@ -266,7 +208,7 @@ class Loop:
             losses=tuple(self._losses),
             evaluations=tuple(self._evaluations),
             checkpoint=self._saving.last,
-            sizes=dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)),
+            sizes=sizes(self),
         )
 
     def _train(self, termination: Termination) -> None:
@@ -410,7 +352,8 @@ class Loop:
         for callback in self.training.callbacks if told.losses else ():
             callback.losses(self, first, told.losses)
         self._journal.flush()
-        self._say_to_caller(self._shown(rate))
+        last = self._losses[-1] if self._losses else None
+        self._say_to_caller(shown(self, self._until, self._steps_per_epoch, loss=last, samples_per_s=rate))
 
     def alive(self) -> None:
         """Say so, from work that may take long; all ranks wait for each other, so that one speaks for them."""
@@ -439,58 +382,6 @@ class Loop:
     def _tell(self, event: str) -> None:
         for callback in self.training.callbacks:
             getattr(callback, event)(self)
-
-    def _shown(self, rate: float | None) -> Shown:
-        duration, per_epoch = self._until, self._steps_per_epoch
-        total = {
-            "ba": duration.count,
-            "ep": None if per_epoch is None else duration.count * per_epoch,
-            "sp": -(-duration.count // self.experiment.batch_size),
-            "s": None,
-        }[duration.unit]
-        samples_per_epoch = None if per_epoch is None else per_epoch * self.experiment.batch_size
-        return Shown(
-            step=self.progress.step,
-            total_steps=None if total is None else int(total),
-            epoch=self.progress.epoch,
-            fraction=self.progress.share(duration, samples_per_epoch),
-            loss=self._losses[-1] if self._losses else None,
-            samples_per_s=rate,
-            lr=float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else None,
-        )
-
-    def _about(self) -> dict[str, Any]:
-        """What a logger is told of the run."""
-        return {
-            "strategy": self.parallelism.strategy,
-            "ranks": self.parallelism.world_size,
-            **dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)),
-            "device": str(self.device.type),
-            "precision": self.training.precision,
-            "batch_size": self.experiment.batch_size,
-            "microbatches": self.experiment.microbatches,
-            "seed": self.experiment.seed,
-            "max_duration": str(self.training.max_duration),
-            "max_grad_norm": self.experiment.max_grad_norm,
-            "parameters": sum(torch.Size(shape).numel() for shape in self.shapes.values()),
-            "optimizer": type(self.optimizer).__name__,
-            "first_step": self.progress.step,
-        }
-
-    @contextmanager
-    def _set_aside(self) -> Iterator[None]:
-        """Evaluation mode without gradients inside; afterwards every module is in the mode in which it was."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.no_grad(), initial.default_dtype(self.dtype), flat_gradients_aside(self.model):
-                try:
-                    yield
-                finally:
-                    let_go(self.model)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
 
 _SIGN_OF_LIFE_S = 2.0
