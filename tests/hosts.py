@@ -20,6 +20,15 @@ PORT = 29400
 """The same in every test: the hosts of each have their network to themselves."""
 
 
+class Program(subprocess.Popen[str]):
+    """Does not wait at the end of a `with` statement for what a test that has failed will never end."""
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *error)
+
+
 @dataclass(frozen=True)
 class Host:
     """A host with an address of its own and a name that, as on many real ones, resolves to 127.0.0.1."""
@@ -31,7 +40,7 @@ class Host:
 
     def start(self, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
         """Starts `command` on this host, with text pipes for its stdout and stderr."""
-        return subprocess.Popen(
+        return Program(
             ["ip", "netns", "exec", self.namespace, *command],
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},
         )

@@ -16,14 +16,15 @@ from shardproof.ranks.failure import lost_peer
 with Here("cpu", timeout_s=20.0) as here:
     value = torch.tensor([2.0 ** here.place.rank])
     dist.all_reduce(value)
-    print("sum", value.item(), os.environ["GLOO_SOCKET_IFNAME"], flush=True)
+    # In one piece: torchrun's processes write to one pipe, unbuffered.
+    os.write(1, f"sum {value.item()} {os.environ['GLOO_SOCKET_IFNAME']}\\n".encode())
     try:
         while True:
             dist.all_reduce(torch.ones(1))
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        print("lost", flush=True)
+        os.write(1, b"lost\\n")
         sys.exit(3)
 """
 _END_S = 15.0

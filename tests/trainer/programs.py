@@ -26,11 +26,11 @@ class Says(sp.Callback):
     """Tells on rank 0 how far it is, and which process it is."""
 
     def fit_start(self, loop: object) -> None:
-        print("rank", loop.rank, "is", os.getpid(), flush=True)
+        print(f"rank {loop.rank} is {os.getpid()}\n", end="", flush=True)
 
     def step_end(self, loop: object) -> None:
         if loop.rank == 0:
-            print("step", loop.progress.step, flush=True)
+            print(f"step {loop.progress.step}\n", end="", flush=True)
 
 
 experiment = sp.Experiment(
