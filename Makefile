@@ -24,7 +24,7 @@ test: $(VENV)/.dev-installed
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/lint-imports
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n 2 --dist loadfile
 
 zoo: $(VENV)/.example-installed
 	$(bin)/shardproof zoo

@@ -197,7 +197,9 @@ def test_compiled_units_keep_their_names_and_compute_the_same(ranks: Ranks, stra
         "compiled", strategy, again, ranks=among(strategy)
     ).items():
         assert graphs, "something was compiled"
-        assert losses == alone[rank][0], rank
+        # DDP orders its buckets by when gradients arrive, which compiling changes: sums are taken in another order.
+        rounding = 1e-14 if strategy == "ddp" else 0
+        assert losses == pytest.approx(alone[rank][0], rel=rounding, abs=0), rank
         assert state in (names, None)
         assert seen == names
 
