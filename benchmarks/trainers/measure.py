@@ -71,6 +71,11 @@ class Arena:
             for name, contestant in contestants.items():
                 seen[name].last_loss = _mean(contestant, place)
                 contestant.close()
+            # Before the world ends: a DDP that outlives its process group may wait for itself when it is destroyed.
+            contestants.clear()
+            del contestant
+            gc.unfreeze()
+            gc.collect()
         return seen
 
     def count(self, place: Place) -> int:
@@ -88,6 +93,8 @@ class Arena:
             contestant.steps(WARM_UP)
             peak = memory.peak_bytes()
             contestant.close()
+            del contestant
+            gc.collect()
         return peak, peak - before
 
 

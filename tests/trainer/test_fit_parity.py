@@ -73,7 +73,7 @@ class OnRanks:
         experiment = replace(experiment, data=Some(experiment.data, SAMPLES))
         if draw is not None:
             experiment = disturbed(experiment, Disturbance(draw), precision)
-        parallelism = parse(strategy, RANKS)
+        parallelism = laid_out(strategy)
         training = sp.Training(
             max_duration=f"{STEPS}ba",
             precision=precision,
@@ -143,7 +143,7 @@ def reference(ranks: Ranks, model: str, precision: str, batch_size: int) -> Any:
     if key not in _references:
         about = (model, "single", precision, batch_size)
         losses, results, _ = ranks.call("train", *about, None, ranks=[0])[0]
-        moved = list(ranks.call("draws", *about).values())
+        moved = list(ranks.call("draws", *about, ranks=range(RANKS)).values())
         # A number that is told in so many digits cannot be nearer than one unit of the last.
         digit = torch.finfo(torch.float64 if precision == "fp64" else torch.float32).eps
         _references[key] = (
@@ -174,7 +174,24 @@ def test_twenty_steps_are_those_of_one_device(
 ) -> None:
     if (model, strategy) == ("composer_mlp", "tp"):
         strategy = "tp=2"  # two hidden units have no four parts
-    parallelism = parse(strategy, RANKS)
+    hold_against_one_device(ranks, model, strategy, precision, per_rank)
+
+
+@pytest.mark.parametrize("model", list(CLASSES))
+def test_twenty_steps_on_eight_ranks_are_those_of_one_device(tmp_path: Path, model: str) -> None:
+    """Two replicas of two shards of two tensor-parallel ranks, held against references of their own."""
+    with start(2 * RANKS, OnRanks(tmp_path)) as ranks:
+        _references.clear()
+        hold_against_one_device(ranks, model, "tp_hsdp", "fp64", 1)
+    _references.clear()
+
+
+def laid_out(strategy: str) -> sp.Parallelism:
+    return parse(strategy, 2 * RANKS if strategy == "tp_hsdp" else RANKS)
+
+
+def hold_against_one_device(ranks: Ranks, model: str, strategy: str, precision: str, per_rank: int) -> None:
+    parallelism = laid_out(strategy)
     batch_size = per_rank * parallelism.dp
     losses, results, loss_floors, eval_floor, floors, accuracy_floor = reference(ranks, model, precision, batch_size)
     told = ranks.call("train", model, strategy, precision, batch_size, None, ranks=range(parallelism.world_size))

@@ -144,16 +144,6 @@ class Place:
         return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= local_size else "gloo"
 
 
-_left: list[object] = []
-"""The groups of the world that was left last, kept until the next one is.
-
-What outlives its world, as a DistributedDataParallel in a frame that has not returned, may hold the last reference to a
-group. Its destructor joins the group's thread while it holds Python's lock, and that thread may be waiting for the lock
-to let go of a Python object: both wait for ever (seen in torch 2.13 with gloo). Let go of by Python itself, a group is
-destroyed without the lock.
-"""
-
-
 def leave(*, in_peace: bool) -> None:
     """Leaves the world; where something failed in it, without waiting for the others, which may be stuck."""
     import torch.distributed as dist  # noqa: PLC0415  (the room must be importable without torch)
@@ -161,8 +151,6 @@ def leave(*, in_peace: bool) -> None:
 
     if not dist.is_initialized():
         return  # user code has left it already
-    # After a failure peers are to see at once that the connection is closed.
-    _left[:] = list(distributed_c10d._world.pg_map) if in_peace else []
     if not in_peace and "nccl" in dist.get_backend():
         # Destroying an NCCL group waits for its kernels, which wait for the peers, which wait for us.
         distributed_c10d._abort_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import re
 import sys
@@ -122,6 +123,8 @@ class InProcess(Crew):
         """Leave the process group, where it was joined for this."""
         here, self._loop, self._here = self._here, None, None
         if here is not None:
+            # The loop goes before its process group: a DDP that is the last to hold one may wait for itself.
+            gc.collect()
             here.close(in_peace=in_peace)
 
 
