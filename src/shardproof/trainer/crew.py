@@ -142,7 +142,6 @@ class Forked(Crew):
     ) -> None:
         self._work = _Work(experiment, parallelism, training)
         self._size, self._timeout_s, self._device = parallelism.world_size, timeout_s, training.device
-        self._name = parallelism.strategy
         self._shows, self._quiet = training.progress_bar and not quiet, quiet
         self._ranks: Ranks | None = None
 
