@@ -36,7 +36,7 @@ from shardproof.report.data import Shown
 from shardproof.report.shown import shown_by
 from shardproof.spec.experiment import Batch, Experiment
 from shardproof.spec.parallelism import Parallelism
-from shardproof.trace.file import Trace, save
+from shardproof.trace.file import TraceFile, save
 from shardproof.trace.reads import digests
 from shardproof.trace.transfer import receive_file, send_file
 from shardproof.train.contributions import Contribution, contributions, restore
@@ -130,7 +130,7 @@ class Worker:
         `ranks` share the variants among them.
         """
         floors: dict[int, list[Moved]] = {}
-        reference = Trace(self.trace(name, 0))
+        reference = TraceFile(self.trace(name, 0))
         numbers = {(record.key, record.call): number for number, record in enumerate(reference.records)}
         for variant in variants[ranks.index(place.rank) :: len(ranks)]:
             with place.world(f"{name}-draw", 1):
@@ -186,7 +186,7 @@ class Worker:
         `Reference.parts`. `ranks` share the steps among them.
         """
         share = ranks.index(place.rank), len(ranks)
-        reference = Reference(trace=Trace(self.trace(trusted, 0)), floors=floors, parts=parts)
+        reference = Reference(trace=TraceFile(self.trace(trusted, 0)), floors=floors, parts=parts)
         exact = not self.low_precision
         run = replace(observed, ranks=self._traces(name, observed))
         found = compare_run(run, reference, exact=exact, share=share)
@@ -218,7 +218,7 @@ class Worker:
         first = first_divergence(compared)
         if first is None:
             return None
-        reference = Reference(trace=Trace(self.trace(trusted, 0)), floors=floors, parts=parts)
+        reference = Reference(trace=TraceFile(self.trace(trusted, 0)), floors=floors, parts=parts)
         observed = replace(observed, ranks=self._traces(name, observed))
         others = [None if n is None else replace(observed, ranks=self._traces(n, observed)) for n in again]
         for comparison in compared:
@@ -267,30 +267,30 @@ class Worker:
         """What the reference had to show, and what each part of the runs' batches counted."""
         del place
         counts = {
-            name: counts_of([Trace(self.trace(name, rank)) for rank in range(layout.world_size)], layout.tp)
+            name: counts_of([TraceFile(self.trace(name, rank)) for rank in range(layout.world_size)], layout.tp)
             for name, layout in runs.items()
         }
-        return learn(Trace(self.trace(trusted, 0)), self.steps, self.dtype), counts
+        return learn(TraceFile(self.trace(trusted, 0)), self.steps, self.dtype), counts
 
-    def _traces(self, name: str, observed: Observed) -> list[Trace]:
-        return [Trace(self.trace(name, rank)) for rank in range(observed.parallelism.world_size)]
+    def _traces(self, name: str, observed: Observed) -> list[TraceFile]:
+        return [TraceFile(self.trace(name, rank)) for rank in range(observed.parallelism.world_size)]
 
     def assemble(self, place: Place, name: str, template: str, whole: str, observed: Observed) -> None:
         """Write the whole tensors of a run as the trace `whole`, shaped like the one-device run `template`."""
         del place
         run = replace(observed, ranks=self._traces(name, observed))
-        save(self.trace(whole, 0), assemble(Trace(self.trace(template, 0)), run))
+        save(self.trace(whole, 0), assemble(TraceFile(self.trace(template, 0)), run))
 
     def show(self, place: Place, name: str, ranks: Sequence[int]) -> dict[int, tuple[Shown, ...]]:
         """What the given ranks of a run held."""
         del place
-        return {rank: shown_by(Trace(self.trace(name, rank))) for rank in ranks}
+        return {rank: shown_by(TraceFile(self.trace(name, rank))) for rank in ranks}
 
     def facts(self, place: Place, known: PlantingFacts, trusted: str, floors: Mapping[int, float]) -> PlantingFacts:
         """What `known` does not yet hold: what the traces of a run and of its reference say of planted faults."""
         del place
-        ranks = [Trace(self.trace(known.run, rank)) for rank in range(known.parallelism.world_size)]
-        return told_by(known, Trace(self.trace(trusted, 0)), floors, ranks)
+        ranks = [TraceFile(self.trace(known.run, rank)) for rank in range(known.parallelism.world_size)]
+        return told_by(known, TraceFile(self.trace(trusted, 0)), floors, ranks)
 
     def gather(self, place: Place, name: str, size: int) -> None:
         """Bring the files that ranks below `size` wrote for a run to rank 0, which may be on another machine."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shardproof.parallel.piece import Piece
-from shardproof.trace.file import Trace, save
+from shardproof.trace.file import TraceFile, save
 from shardproof.trace.record import Record
 
 FULL = Record(
@@ -42,9 +42,9 @@ TENSORS = {
 }
 
 
-def again(path: Path, *entries: tuple[Record, Tensor | None]) -> Trace:
+def again(path: Path, *entries: tuple[Record, Tensor | None]) -> TraceFile:
     save(path / "trace", entries)
-    return Trace(path / "trace")
+    return TraceFile(path / "trace")
 
 
 @pytest.mark.parametrize("kind", TENSORS)

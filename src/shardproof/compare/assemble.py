@@ -17,8 +17,8 @@ from shardproof.compare.losses import combined
 from shardproof.compare.nested import put
 from shardproof.compare.parameters import summed
 from shardproof.compare.view import Key, Observed
-from shardproof.trace.file import Trace
 from shardproof.trace.record import Record
+from shardproof.trace.trace import Trace
 
 
 def assemble(template: Trace, observed: Observed) -> Iterator[tuple[Record, Tensor | None]]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shardproof.compare.view import Key, Observed
-from shardproof.trace.file import Trace
 from shardproof.trace.record import Record
+from shardproof.trace.trace import Trace
 
 TP_DIFFER = "ranks of one tensor-parallel group dropped different elements of the same input"
 DP_ALIKE = "data ranks drew the same random numbers, and dropped the same elements of different samples"

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from shardproof.compare.measure import distance, largest, scale, ulp
-from shardproof.trace.file import Trace
 from shardproof.trace.record import Record
+from shardproof.trace.trace import Trace
 from shardproof.train.faults.facts import Facts
 
 

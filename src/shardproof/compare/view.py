@@ -10,8 +10,8 @@ from torch import Tensor
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.patterns import matches
 from shardproof.spec.stages import STAGES
-from shardproof.trace.file import Trace
 from shardproof.trace.record import Record
+from shardproof.trace.trace import Trace
 
 Key = tuple[int, str, str, str]
 """Step, stage, name, part."""

@@ -15,8 +15,8 @@ import torch
 from shardproof.compare.reads import Reads
 from shardproof.spec.parallelism import Parallelism
 from shardproof.trace.checksums import same_bits
-from shardproof.trace.file import Trace
 from shardproof.trace.record import Record
+from shardproof.trace.trace import Trace
 
 SHOWN = 4
 """Names or strategies listed in a warning: enough to see what kind they are of."""

@@ -7,7 +7,7 @@ import math
 from shardproof.compare.measure import largest, wide
 from shardproof.compare.view import Key
 from shardproof.diagnose.case import Case, Diagnosis
-from shardproof.trace.file import Trace
+from shardproof.trace.trace import Trace
 
 
 def differs_from_itself(case: Case) -> Diagnosis | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardproof.parallel.piece import Piece
 from shardproof.report.data import Shown
-from shardproof.trace.file import Trace
+from shardproof.trace.trace import Trace
 
 
 def shown_by(trace: Trace) -> tuple[Shown, ...]:

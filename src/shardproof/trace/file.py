@@ -28,7 +28,7 @@ def save(path: Path, entries: Iterable[tuple[Record, Tensor | None]]) -> None:
     save_file(tensors, path, metadata={"records": json.dumps(records, separators=(",", ":"))})
 
 
-class Trace:
+class TraceFile:
     """What one rank showed. Tensors are read from the file one by one, when they are asked for."""
 
     def __init__(self, path: Path) -> None:

@@ -16,7 +16,7 @@ from shardproof.parallel.names import canonical_buffers
 from shardproof.parallel.seeding import seed_everything
 from shardproof.spec.experiment import Batch
 from shardproof.spec.loss import LossSum
-from shardproof.trace.file import Trace
+from shardproof.trace.trace import Trace
 from shardproof.train.run import TracedRun
 from shardproof.train.step import checked
 
