@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardproof.compare.verdict import Comparison, Verdict
     from shardproof.diagnose.finding import Finding
+    from shardproof.diff import diff
     from shardproof.errors import (
         CheckpointError,
         ExperimentError,
@@ -95,6 +96,7 @@ _HOMES = {
     "assert_parity": "parity",
     "check": "parity",
     "check_invariants": "invariants",
+    "diff": "diff",
     "load": "spec.loading",
 }
 """Public name -> the module it lives in, loaded when the name is first used: `import shardproof` loads no torch."""
@@ -144,6 +146,7 @@ __all__ = [
     "assert_parity",
     "check",
     "check_invariants",
+    "diff",
     "load",
 ]
 

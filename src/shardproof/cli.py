@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from shardproof import cli_train
+from shardproof import cli_diff, cli_train
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.ranks.launch import Launch
 from shardproof.report import file, show, text
@@ -184,6 +184,15 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
             report.to_json(json)
         if html is not None:
             report.to_html(html)
+        if not report.ok:
+            raise typer.Exit(DIVERGED)
+
+
+@app.command("diff", short_help="Two recorded runs of anybody's training loop.", no_args_is_help=True)
+@wraps(cli_diff.diff)
+def _diff(**options: Any) -> None:
+    with _exit_codes():
+        report = cli_diff.diff(**options)
         if not report.ok:
             raise typer.Exit(DIVERGED)
 

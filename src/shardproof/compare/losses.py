@@ -16,9 +16,12 @@ from shardproof.trace.record import Record
 
 Held = list[tuple[Record, Tensor]]
 
+BACKWARD = "backward"
+"""What backward was called on, micro-batch by micro-batch: divided already by whatever a loop divides it by."""
+
 
 def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
-    """One kind of loss (`local`, `total`, `count`, `logged`) over all ranks and micro-batches."""
+    """One kind of loss (`local`, `total`, `count`, `backward`, `logged`) over all ranks and micro-batches."""
     step, stage, name, part = key
     base = Comparison(step=step, stage=stage, name=name, part=part, verdict=Verdict.NOT_CHECKED)
     wants = reference.tensors(key)
@@ -111,7 +114,7 @@ def _share(rank: int, record: Record, tensor: Tensor, observed: Observed, part: 
     data_rank = observed.parallelism.coordinates(rank)["dp"]
     microbatch = min(record.call, observed.microbatches - 1)
     _, count, total = observed.part(record.step, data_rank, microbatch)
-    if part in ("total", "count"):
+    if part in ("total", "count", BACKWARD):
         return wide(tensor) * (1.0 if count else 0.0)
     return wide(tensor) * (count * observed.parallelism.dp / total)
 

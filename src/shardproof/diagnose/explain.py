@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, isclose
 
+from shardproof.compare.losses import BACKWARD
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose import (
     attention,
@@ -98,7 +99,10 @@ def first_divergence(comparisons: Sequence[Comparison]) -> Comparison | None:
         # A wrong gradient of an activation only says where: what counts is the parameter's.
         first = next((c for c in wrong if c.step == first.step and c.stage == "gradient"), first)
     losses = [c for c in wrong if (c.step, c.stage) == (first.step, "loss")]
-    if first.stage == "loss" and all(c.part == "logged" for c in losses):
+    if first.stage == "loss" and all(c.part == BACKWARD for c in losses):
+        # A loop may call backward on any multiple of its loss: the gradient says what became of it.
+        first = next((c for c in wrong if c.step == first.step and c.stage == "gradient"), first)
+    elif first.stage == "loss" and all(c.part == "logged" for c in losses):
         # What a step logs is no part of training: a wrong gradient says more, unless it is wrong by the same factor.
         gradient = next((c for c in wrong if c.step == first.step and c.stage == "gradient"), first)
         alike = (

@@ -172,6 +172,12 @@ class Report:
     proofs: tuple[Proof, ...] = ()
     """What planted faults showed, for `prove`: one for each strategy that agreed."""
 
+    recorded: bool = False
+    """Whether two recordings were compared, and nothing was trained."""
+
+    estimated: bool = False
+    """Whether noise floors were estimated from a model of rounding, as there were no disturbed runs to measure them."""
+
     time_s: float = 0.0
 
     @property

@@ -36,6 +36,8 @@ def to_dict(report: Report) -> dict[str, object]:
         "experiment": report.experiment,
         "reference": report.reference,
         "invariants": report.invariants,
+        "recorded": report.recorded,
+        "estimated": report.estimated,
         "ranks": report.ranks,
         "steps": report.steps,
         "dtype": report.dtype,

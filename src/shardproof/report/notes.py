@@ -23,7 +23,8 @@ def notes(report: Report, width: int) -> Iterator[Text]:
     if remarks:
         yield from heading("notes")
         for remark in remarks:
-            yield from item(f"{_strategies(report.runs, remark)}: {remark}", width)
+            # Of two recordings each remark says itself whose it is.
+            yield from item(remark if report.recorded else f"{_strategies(report.runs, remark)}: {remark}", width)
     if report.warnings:
         yield from heading("warnings: what this experiment cannot show", style="bold yellow")
         for warning in report.warnings:

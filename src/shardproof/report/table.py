@@ -8,11 +8,11 @@ from rich.text import Text
 
 from shardproof.compare.verdict import Verdict
 from shardproof.report import spelling
-from shardproof.report.data import Run
+from shardproof.report.data import Report, Run
 from shardproof.report.lines import GAP, INDENT, columns, wrapped
 
-HEADS = ("strategy", "verdict", *map(str, Verdict), "time")
-NUMBERS = frozenset(range(2, len(HEADS)))
+HEADS = ("verdict", *map(str, Verdict), "time")
+NUMBERS = frozenset(range(2, len(HEADS) + 1))
 """The columns that are read as numbers."""
 
 NAME_WIDTH = 20
@@ -21,6 +21,11 @@ NAME_WIDTH = 20
 LEGEND = (
     "equal: the same bits. rounding: within what rounding alone does to that tensor, its measured "
     "noise floor. different: further away."
+)
+
+LEGEND_ESTIMATED = (
+    "equal: the same bits. rounding: within what rounding may do to that tensor, its estimated noise floor (a "
+    "recording made with disturb= measures it; docs/noise-floor.md). different: further away."
 )
 
 LEGEND_OF_REPLICAS = (
@@ -42,20 +47,21 @@ def word(run: Run) -> tuple[str, str]:
     return "parity", "green"
 
 
-def table(runs: Sequence[Run], width: int) -> Iterator[Text]:
-    """A row for each of `runs`; layout and worst tensor stand at its end where `width` allows, else below it."""
+def table(report: Report, width: int) -> Iterator[Text]:
+    """A row for each run; layout and worst tensor stand at its end where `width` allows, else below it."""
+    runs, heads = report.runs, ("recording" if report.recorded else "strategy", *HEADS)
     layout_width = max((len(spelling.degrees(run.degrees)) for run in runs), default=0)
     tails = [f"{'layout':<{layout_width}}{GAP}worst"]
     tails += [f"{spelling.degrees(run.degrees):<{layout_width}}{GAP}{_worst(run)}" for run in runs]
-    rows = columns([HEADS, *map(_cells, runs)], right=NUMBERS)
+    rows = columns([heads, *map(_cells, runs)], right=NUMBERS)
     if len(rows[0]) + len(GAP) + max(map(len, tails)) <= width:
         yield Text(f"{rows[0]}{GAP}{tails[0]}", "dim")
         for row, tail, run in zip(rows[1:], tails[1:], runs, strict=True):
             yield _coloured(f"{row}{GAP}{tail}", run)
     else:
-        yield from _stacked(runs, width)
+        yield from _stacked(runs, heads, width)
     yield Text()
-    legend = LEGEND_OF_REPLICAS if any(run.invariants for run in runs) else LEGEND
+    legend = LEGEND_ESTIMATED if report.estimated else LEGEND_OF_REPLICAS if report.invariants else LEGEND
     yield from (Text(line, "dim") for line in wrapped(legend, width))
 
 
@@ -84,10 +90,10 @@ def _coloured(line: str, run: Run) -> Text:
     return text
 
 
-def _stacked(runs: Sequence[Run], width: int) -> Iterator[Text]:
+def _stacked(runs: Sequence[Run], heads: Sequence[str], width: int) -> Iterator[Text]:
     """For narrow terminals: layout and worst tensor on a line of their own."""
     short = [("" if len(run.strategy) > NAME_WIDTH else run.strategy, *_cells(run)[1:]) for run in runs]
-    rows = columns([HEADS, *short], right=NUMBERS)
+    rows = columns([heads, *short], right=NUMBERS)
     yield Text(rows[0], "dim")
     for row, run in zip(rows[1:], runs, strict=True):
         if len(run.strategy) > NAME_WIDTH:

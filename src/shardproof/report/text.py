@@ -41,7 +41,7 @@ def view(report: Report, width: int, *, verbose: bool = False) -> Iterator[Text]
     yield from _header(report, width)
     yield Text()
     if report.runs:
-        yield from table(report.runs, width)
+        yield from table(report, width)
     if verbose:
         for run in report.runs:
             yield from tensors(run, width)
@@ -94,7 +94,8 @@ def _diverges(strategies: list[str], found: Finding, width: int) -> str:
 
 
 def _header(report: Report, width: int) -> Iterator[Text]:
-    sizes = f"{spelling.count(report.ranks, 'rank')}, {spelling.count(report.steps, 'step')}, {report.device}"
+    steps = f"{spelling.count(report.steps, 'step')}{' in common' if report.recorded else ''}"
+    sizes = f"{spelling.count(report.ranks, 'rank')}, {steps}, {report.device}"
     time = f", {spelling.duration(report.time_s)}" if report.time_s else ""
     yield from (Text(line, "bold") for line in wrapped(f"shardproof: {report.experiment}", width))
     against = "replicas against each other" if report.invariants else f"against {report.reference}"

@@ -1,0 +1,354 @@
+"""What recording and comparing cost: steps that are recorded, steps that are not, traces of gigabytes, many ranks.
+
+    python benchmarks/record.py steps   [--repetitions N] [--width N] [--layers N] [--json PATH]
+    python benchmarks/record.py diff    [--gigabytes N] [--json PATH]
+    python benchmarks/record.py ranks   [--ranks N] [--json PATH]
+
+`steps`: a decoder of 25 to 100 million parameters with AdamW, on one process with two threads. A bare step, a step
+inside `sp.record` that is not among its `steps`, and one that is, take turns, each depth in its own round; each
+recorded step is divided by the bare step of its round.
+
+`diff`: two recordings of the given size, of which the second lies in shards on four ranks, against reading the same
+bytes once (a sum over all of them, mapped as the traces are). The files are in the page cache for both. Peak memory is
+that of a process of its own that does nothing else, without what it had loaded before, and without pages of the files,
+which belong to the cache.
+
+`ranks`: recordings of a 7B decoder on 512 ranks (dp_shard 64 x tp 8) as records and sketches, without values: what a
+run of that size leaves behind at depth `sketch`. Their sketches are made up so that shards add up to the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+DEPTHS = ("stats", "sketch", "full")
+
+TARGETS = {"stats": 1.10, "sketch": 1.10, "unrecorded": 1.01}
+"""Ratios to a bare step that we want to stay under; `full` is bounded by the disk."""
+
+THROUGHPUT = 0.5
+"""Share of a plain memory read that comparing should reach."""
+
+
+# Steps.
+
+
+def steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Ratios of recorded and unrecorded steps to bare ones, and bytes a step."""
+    import torch
+    import torch.nn.functional as F
+
+    import shardproof as sp
+
+    torch.manual_seed(0)
+    model = _decoder(args.width, args.layers, args.vocabulary, args.length)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    tokens = torch.randint(0, args.vocabulary, (args.batch, args.length + 1))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits = model(tokens[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+
+    for _ in range(2):
+        step()
+    found: dict[str, list[float]] = {name: [] for name in ("unrecorded", *DEPTHS)}
+    bare: list[float] = []
+    sizes: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for turn in range(args.repetitions):
+            for depth in DEPTHS:
+                path = Path(folder) / f"{depth}-{turn}"
+                before = _timed(step)
+                # The first recorded step also writes down the state before it; the second is like all that follow.
+                with sp.record(path, model, optimizer, steps=(1, 2), what=depth):
+                    unrecorded = _timed(step)
+                    step()
+                    at = _bytes(path)
+                    recorded = _timed(step)
+                    sizes[depth] = _bytes(path) - at
+                after = _timed(step)
+                plain = (before + after) / 2
+                bare.append(plain)
+                found["unrecorded"].append(unrecorded / plain)
+                found[depth].append(recorded / plain)
+                shutil.rmtree(path)
+    print(f"decoder of {count / 1e6:.1f}M parameters, {args.batch} x {args.length} tokens, AdamW, float32")
+    print(f"bare step {statistics.median(bare):.2f} s (median; {min(bare):.2f} to {max(bare):.2f})\n")
+    print(f"{'step':<12}{'ratio':>8}{'least':>8}{'most':>8}{'target':>8}{'bytes a step':>16}")
+    for name, ratios in found.items():
+        target = f"{TARGETS[name]:.2f}" if name in TARGETS else "-"
+        size = f"{sizes[name] / 1e6:.2f} MB" if name in sizes else "-"
+        print(
+            f"{name:<12}{statistics.median(ratios):>8.3f}{min(ratios):>8.3f}{max(ratios):>8.3f}{target:>8}{size:>16}"
+        )
+    return {"parameters": count, "bare_s": bare, "ratios": found, "bytes": sizes}
+
+
+def _decoder(width: int, layers: int, vocabulary: int, length: int) -> Any:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = width // 64
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+            x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+            self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
+            self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens) + self.positions(torch.arange(tokens.shape[1]))
+            return self.head(self.norm(self.blocks(x)))
+
+    return Decoder()
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+# Traces of gigabytes.
+
+TENSOR_BYTES = 128 * 2**20
+
+
+def diff(args: argparse.Namespace) -> dict[str, Any]:
+    """Bytes a second of `diff` over those of reading, for equal recordings and for such that differ by rounding."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        tensors = max(int(args.gigabytes * 2**30) // TENSOR_BYTES, 1)
+        paths = {name: Path(folder) / name for name in ("whole", "equal", "rounding")}
+        for name, path in paths.items():
+            _write(path, tensors, shards=1 if name == "whole" else 4, moved=name == "rounding")
+        print(f"{tensors} tensors of {TENSOR_BYTES >> 20} MiB, {tensors * TENSOR_BYTES / 1e9:.2f} GB a side, float32\n")
+        print(f"{'recordings':<12}{'read':>12}{'diff':>12}{'share':>8}{'peak memory':>16}{'in tensors':>12}")
+        for name in ("equal", "rounding"):
+            rounds = [_child(paths["whole"], paths[name]) for _ in range(args.repetitions)]
+            shares = [one["read_s"] / one["diff_s"] for one in rounds]
+            best = rounds[shares.index(statistics.median_high(shares))]
+            size = 2 * tensors * TENSOR_BYTES / 1e9
+            print(
+                f"{name:<12}{size / best['read_s']:>7.2f} GB/s{size / best['diff_s']:>7.2f} GB/s"
+                f"{statistics.median(shares):>8.2f}{best['peak_bytes'] / 2**20:>12.0f} MiB"
+                f"{best['peak_bytes'] / TENSOR_BYTES:>12.2f}"
+            )
+            found[name] = rounds
+    print(f"\ntarget: share of at least {THROUGHPUT}, memory under 2 tensors and a constant")
+    return found
+
+
+def _write(path: Path, tensors: int, *, shards: int, moved: bool) -> None:
+    import torch
+
+    from shardproof.parallel.piece import Piece
+    from shardproof.trace.folder.writer import Writer
+    from shardproof.trace.record import Record
+
+    rows, columns = 8192, TENSOR_BYTES // 4 // 8192
+    each = rows // shards
+    axes = {"dp_shard": list(range(shards))} if shards > 1 else {}
+    writers = [Writer(path, rank, shards, {"device": "cpu"}) for rank in range(shards)]
+    for writer in writers:
+        writer.event("layout", axes=axes)
+    for number in range(tensors):
+        whole = torch.randn(rows, columns, generator=torch.Generator().manual_seed(number))
+        if moved:
+            whole *= 1 + 2**-23
+        for rank, writer in enumerate(writers):
+            piece = Piece(whole=(rows, columns), offset=(rank * each, 0), shape=(each, columns))
+            record = Record(step=0, stage="gradient", name=f"layers.{number}.weight", piece=piece)
+            writer.write(record, whole[rank * each : (rank + 1) * each], depth="full")
+    for writer in writers:
+        writer.close()
+
+
+def _child(a: Path, b: Path) -> dict[str, float]:
+    """Read both, then compare them, in a process of its own."""
+    made = subprocess.run(
+        [sys.executable, __file__, "_compare", str(a), str(b)], check=True, capture_output=True, text=True
+    )
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+def _compare(args: argparse.Namespace) -> None:
+    import threading
+
+    import torch
+
+    import shardproof as sp
+    from shardproof.trace.folder.reader import open_recording
+
+    def read() -> None:
+        for path in (args.a, args.b):
+            for trace in open_recording(path).ranks.values():
+                for number in range(len(trace.records)):
+                    trace.tensor(number).view(torch.int64).sum()
+
+    read()
+    read_s = min(_timed(read) for _ in range(3))
+    before, peak, ended = _own_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            peak[0] = max(peak[0], _own_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    diff_s = _timed(lambda: sp.diff(args.a, args.b))
+    ended.set()
+    watcher.join()
+    # Once more without anybody watching.
+    diff_s = min(diff_s, _timed(lambda: sp.diff(args.a, args.b)))
+    print(json.dumps({"read_s": read_s, "diff_s": diff_s, "peak_bytes": peak[0] - before}))
+
+
+def _own_bytes() -> int:
+    """Memory of this process that is not a page of a file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+# Many ranks.
+
+LAYERS, WIDTH, HIDDEN, VOCABULARY, LENGTH = 32, 4096, 11008, 32000, 2048
+"""Of Llama 2 7B (arXiv:2307.09288)."""
+
+TP = 8
+
+
+def ranks(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to compare two recordings of a 7B run, from sketches."""
+    import shardproof as sp
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        paths = {name: Path(folder) / name for name in ("before", "after", "wrong")}
+        for name, path in paths.items():
+            started = time.perf_counter()
+            records = _simulate(path, args.ranks, moved=name == "after", wrong=name == "wrong")
+            print(
+                f"{name}: {records} records of {args.ranks} ranks, {_bytes(path) / 1e6:.0f} MB, "
+                f"written in {time.perf_counter() - started:.0f} s"
+            )
+        for name in ("after", "wrong"):
+            started = time.perf_counter()
+            report = sp.diff(paths["before"], paths[name])
+            found[name] = time.perf_counter() - started
+            print(f"\nbefore against {name}: {found[name]:.1f} s (target 60)")
+            print(str(report).splitlines()[-1], report.runs[0].verdicts)
+    return found
+
+
+def _tensors() -> Iterator[tuple[str, str, str, tuple[int, ...], int | None]]:
+    """(stage, name, part, shape of the whole, dim that tp cuts) of one step."""
+    matrices = {
+        "attention.wq": ((WIDTH, WIDTH), 0),
+        "attention.wk": ((WIDTH, WIDTH), 0),
+        "attention.wv": ((WIDTH, WIDTH), 0),
+        "attention.wo": ((WIDTH, WIDTH), 1),
+        "mlp.gate": ((HIDDEN, WIDTH), 0),
+        "mlp.up": ((HIDDEN, WIDTH), 0),
+        "mlp.down": ((WIDTH, HIDDEN), 1),
+        "norm1": ((WIDTH,), None),
+        "norm2": ((WIDTH,), None),
+    }
+    parameters: list[tuple[str, tuple[int, ...], int | None]] = [("embed.weight", (VOCABULARY, WIDTH), 0)]
+    outputs: list[tuple[str, tuple[int, ...], int | None]] = []
+    for layer in range(LAYERS):
+        for name, (shape, dim) in matrices.items():
+            parameters.append((f"blocks.{layer}.{name}.weight", shape, dim))
+            outputs.append((f"blocks.{layer}.{name}", (LENGTH, shape[0]), 1 if dim == 0 else None))
+        outputs.append((f"blocks.{layer}", (LENGTH, WIDTH), None))
+    parameters += [("norm.weight", (WIDTH,), None), ("head.weight", (VOCABULARY, WIDTH), 0)]
+    for name, shape, dim in outputs:
+        yield "forward", name, "", shape, dim
+    for name, shape, dim in reversed(outputs):
+        yield "backward", name, "", shape, dim
+    for stage, part in (("gradient", ""), ("optimizer-state", "exp_avg"), ("optimizer-state", "exp_avg_sq"), ("update", "")):
+        for name, shape, dim in parameters:
+            yield stage, name, part, shape, dim
+
+
+def _simulate(path: Path, size: int, *, moved: bool, wrong: bool) -> int:
+    """A recording whose sketches are drawn at random, so that shards, replicas and parts of the batch add up."""
+    import torch
+
+    from shardproof.parallel.piece import Piece
+    from shardproof.trace.folder import writer as module
+    from shardproof.trace.record import Record
+    from shardproof.trace.stats import stats_of
+
+    data = size // TP
+    writers = [module.Writer(path, rank, size, {"device": "cpu"}) for rank in range(size)]
+    samples = [tuple(f"{rank // TP:024d}" for _ in range(1)) for rank in range(size)]
+    for rank, one in enumerate(writers):
+        first = rank - rank % TP
+        one.event(
+            "layout", axes={"dp_shard": list(range(rank % TP, size, TP)), "tp": list(range(first, first + TP))}
+        )
+        record = Record(step=0, stage="batch", name="batch", samples=samples[rank])
+        one.write(record, torch.zeros(1, 1), depth="stats")
+    drawn = torch.Generator().manual_seed(0)
+    records = 0
+    for number, (stage, name, part, shape, dim) in enumerate(_tensors()):
+        state = stage not in ("forward", "backward")
+        cuts = data * TP if state and dim is not None else data
+        shares = torch.randn(cuts, 16, 16, generator=drawn)
+        if moved:
+            shares *= 1 + 2**-23
+        if wrong and stage == "gradient" and name == "blocks.17.mlp.up.weight":
+            shares *= 2
+        for rank, one in enumerate(writers):
+            at, peer = divmod(rank, TP)
+            piece = _piece(shape, dim, at, peer, data) if state else None
+            local = piece.local_shape if piece is not None else (1, *_cut(shape, dim))
+            made = shares[rank] if cuts == size else shares[at]
+            # The numbers are made up: a run of this size would have made them from its own tensors.
+            module.sketch = lambda *_, made=made: made
+            module.stats_of = lambda *_: statistics_of_one
+            record = Record(step=0, stage=stage, name=name, part=part, piece=piece)
+            one.write(
+                record, torch.zeros(()).expand(local), depth="sketch", samples=None if state else samples[rank]
+            )
+            records += 1
+        del number
+    for one in writers:
+        one.close()
+    return records

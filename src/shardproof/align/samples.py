@@ -1,0 +1,171 @@
+"""Which samples two recorded runs read, and where each sample of one stands in the other's batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardproof.compare.reads import Misread, data_axis
+from shardproof.spec.parallelism import Parallelism
+from shardproof.trace.record import Record
+from shardproof.trace.trace import Trace
+
+Reads = dict[int, list[list[tuple[str, ...]]]]
+"""Step -> [place on the mesh][micro-batch] -> digest of every sample."""
+
+
+def reads_of(traces: Sequence[Trace]) -> Reads:
+    """What every rank read, as it was recorded: digests over all tensors of a sample."""
+    found: Reads = {}
+    for place, trace in enumerate(traces):
+        for record in trace.records:
+            if record.stage == "batch":
+                ranks = found.setdefault(record.step, [[] for _ in traces])
+                _at(ranks[place], record.call, record.samples)
+    return found
+
+
+def by_content(first: Sequence[Trace], second: Sequence[Trace]) -> tuple[Reads, Reads] | None:
+    """Both sides' reads by the values of the one input that they have in common; None where they have none.
+
+    Digests over whole samples differ where one side hands its model a mask or labels that the other leaves out, or
+    feeds it another dtype. Values are held against each other in the lower precision of the two.
+    """
+    one, two = _inputs(first), _inputs(second)
+    best: tuple[int, str, str, torch.dtype] | None = None
+    for left, (dtype, tensors) in one.items():
+        for right, (other, theirs) in two.items():
+            common = _common(dtype, other)
+            if common is None:
+                continue
+            shared = (_counted(tensors, common) & _counted(theirs, common)).total()
+            if shared and (best is None or shared > best[0]):
+                best = (shared, left, right, common)
+    if best is None:
+        return None
+    _, left, right, common = best
+    return _digested(first, left, common), _digested(second, right, common)
+
+
+def misread(
+    got: Sequence[Sequence[tuple[str, ...]]],
+    want: Sequence[str],
+    parallelism: Parallelism,
+    *,
+    step: int,
+    labels: tuple[str, str],
+) -> Misread | None:
+    """What is wrong with the samples that the data ranks of a step read, held against those of the other run."""
+    # One rank speaks for its tp peers: that they agree is asked before this.
+    read = {rank: [s for part in got[rank] for s in part] for rank in range(0, parallelism.world_size, parallelism.tp)}
+    every, wanted = Counter(s for own in read.values() for s in own), Counter(want)
+    if every == wanted:
+        return None
+    for first, own in read.items():
+        twins = [rank for rank in read if Counter(read[rank]) == Counter(own)]
+        if len(twins) > 1 and own and any(every[s] > wanted[s] for s in own):
+            ranks = tuple(rank + peer for rank in twins for peer in range(parallelism.tp))
+            return Misread(
+                cause="batch-repeated-across-dp",
+                step=step,
+                axis=data_axis(parallelism),
+                ranks=ranks,
+                evidence=f"data ranks {', '.join(map(str, twins))} read the very same {len(own)} samples at step "
+                f"{step}, which {labels[0]} read once",
+                fix='give each data rank its own part of the global batch, by mesh["dp"].get_local_rank()',
+            )
+        del first
+    missing, extra = (wanted - every).total(), (every - wanted).total()
+    return Misread(
+        cause="data-order",
+        step=step,
+        axis="dp",
+        ranks=tuple(rank for rank, own in read.items() if any(every[s] > wanted[s] for s in own)) or tuple(read),
+        evidence=f"at step {step} {labels[0]} read {wanted.total()} samples and {labels[1]} {every.total()}: {missing} "
+        f"of the first were not read by the second, {extra} of the second not by the first",
+        fix="feed both runs the same global batch in each step: same seed, shuffle and global batch size "
+        "(ranks times micro-batches times samples), and a sampler over the data ranks only",
+    )
+
+
+def places(wanted: Sequence[str], held: Sequence[str]) -> list[int] | None:
+    """For each of the `wanted` samples its place among the `held` ones, each place once; None where one is missing."""
+    at: dict[str, list[int]] = defaultdict(list)
+    for place, sample in enumerate(held):
+        at[sample].append(place)
+    found = []
+    for sample in wanted:
+        if not at[sample]:
+            return None
+        found.append(at[sample].pop(0))
+    return found
+
+
+def _at(parts: list[tuple[str, ...]], call: int, samples: tuple[str, ...]) -> None:
+    while len(parts) <= call:
+        parts.append(())
+    parts[call] = samples
+
+
+def _inputs(traces: Sequence[Trace]) -> dict[str, tuple[torch.dtype, list[Tensor]]]:
+    """Input -> its tensors in the first recorded step, over all ranks and micro-batches."""
+    found: dict[str, tuple[torch.dtype, list[Tensor]]] = {}
+    first = min((record.step for trace in traces for record in trace.records if record.stage == "batch"), default=0)
+    for trace in traces:
+        for number, record in enumerate(trace.records):
+            if record.stage == "batch" and record.step == first and not record.missing:
+                tensor = trace.tensor(number)
+                if tensor.dim():
+                    found.setdefault(record.part, (tensor.dtype, []))[1].append(tensor)
+    return found
+
+
+def _common(first: torch.dtype, second: torch.dtype) -> torch.dtype | None:
+    """The type in which values of both may be the same; None for numbers against tokens."""
+    if first.is_floating_point != second.is_floating_point:
+        return None
+    if not first.is_floating_point:
+        return torch.int64
+    return min(first, second, key=lambda dtype: -torch.finfo(dtype).eps)
+
+
+def _counted(tensors: Sequence[Tensor], dtype: torch.dtype) -> Counter[str]:
+    return Counter(digest for tensor in tensors for digest in _rows(tensor, dtype))
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
+    rows = tensor.to(dtype).contiguous().reshape(tensor.shape[0], -1)
+    words = rows.view(torch.uint8).numpy()
+    return tuple(hashlib.blake2b(row.tobytes(), digest_size=12).hexdigest() for row in words)
+
+
+def _digested(traces: Sequence[Trace], part: str, dtype: torch.dtype) -> Reads:
+    found: Reads = {}
+    for place, trace in enumerate(traces):
+        for number, record in enumerate(trace.records):
+            if _is_input(record, part):
+                ranks = found.setdefault(record.step, [[] for _ in traces])
+                _at(ranks[place], record.call, _rows(trace.tensor(number), dtype))
+    return found
+
+
+def _is_input(record: Record, part: str) -> bool:
+    return record.stage == "batch" and record.part == part and not record.missing
+
+
+def shares_samples(first: Reads, second: Reads) -> bool:
+    """Whether the first step that both show has a sample in common."""
+    steps = sorted(first.keys() & second.keys())
+    if not steps:
+        return False
+    one, two = ({sample for rank in reads[steps[0]] for part in rank for sample in part} for reads in (first, second))
+    return bool(one & two)
+
+
+def counted(samples: Mapping[int, Sequence[Sequence[int]]], step: int) -> int:
+    """Samples of a step, over all data ranks."""
+    return sum(count for row in samples.get(step, ()) for count in row)

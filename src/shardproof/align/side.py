@@ -1,0 +1,53 @@
+"""One of the two recorded runs, understood: its ranks in mesh order, its parts of each batch, under common names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shardproof.align.samples import Reads
+from shardproof.align.understood import Layout
+from shardproof.trace.trace import Trace
+
+
+@dataclass(kw_only=True)
+class Side:
+    """A recorded run as it is compared."""
+
+    label: str
+    """As the reader knows it: the path that was given."""
+
+    traces: Sequence[Trace]
+    """By place on the mesh; a rank that is missing shows nothing."""
+
+    layout: Layout
+    reads: Reads
+
+    samples: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Step -> [data rank][micro-batch] -> samples; empty where nothing was read that could be counted."""
+
+    def rank(self, place: int) -> int:
+        """The rank of the recording that stands at a place of the mesh."""
+        return self.layout.order[place]
+
+    def microbatches(self, step: int) -> int:
+        """Micro-batches of one rank in a step; 1 where nobody counted."""
+        return max((len(parts) for parts in self.reads.get(step, ())), default=1) or 1
+
+    def parts(self, step: int) -> list[tuple[int, int, int]]:
+        """(data rank, micro-batch, samples) of each part of a step, in order; one sample each if not counted."""
+        rows = self.samples.get(step)
+        if not rows:
+            many = self.microbatches(step)
+            return [(rank, m, 1) for rank in range(self.layout.parallelism.dp) for m in range(many)]
+        return [(rank, m, count) for rank, row in enumerate(rows) for m, count in enumerate(row)]
+
+    def order(self, step: int) -> list[str]:
+        """Digests of a step's samples, part by part; TP peers read the same, so that one speaks for all."""
+        reads = self.reads.get(step, [])
+        return [
+            sample
+            for place in range(0, len(reads), self.layout.parallelism.tp)
+            for part in reads[place]
+            for sample in part
+        ]

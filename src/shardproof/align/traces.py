@@ -1,0 +1,80 @@
+"""A rank's records as they are compared: under the other recording's names, with places that values will tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from torch import Tensor
+
+from shardproof.parallel.names import ROOT
+from shardproof.parallel.piece import Piece
+from shardproof.trace.folder.reader import RankTrace
+from shardproof.trace.record import Record
+from shardproof.trace.trace import Trace
+
+Key = tuple[int, str, str, str]
+
+
+class Aligned:
+    """A rank's trace under other names, with the whole shape put on plain pieces of parameters."""
+
+    def __init__(
+        self, trace: RankTrace, *, rename: Callable[[str], str], wholes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """`wholes` are the shapes of parameters on one device, by new name."""
+        self.trace = trace
+        self.records: Sequence[Record] = [_placed(record, rename(record.name), wholes) for record in trace.records]
+
+    @cached_property
+    def by_key(self) -> Mapping[Key, Sequence[int]]:
+        """Key -> numbers of its records, in the order in which they were made."""
+        found: dict[Key, list[int]] = {}
+        for number, record in enumerate(self.records):
+            if not record.unknown:
+                found.setdefault(record.key, []).append(number)
+        return found
+
+    def tensor(self, number: int) -> Tensor:
+        """The tensor of record `number`."""
+        return self.trace.tensor(number)
+
+
+class Only:
+    """Some of a trace's keys: of the others there is nothing to see, and their numbers stay."""
+
+    def __init__(self, trace: Trace, keys: Collection[Key]) -> None:
+        self._trace = trace
+        self.records: Sequence[Record] = [
+            record if record.key in keys else replace(record, unknown=True, missing=True, draws=0)
+            for record in trace.records
+        ]
+        self.by_key: Mapping[Key, Sequence[int]] = {
+            key: numbers for key, numbers in trace.by_key.items() if key in keys
+        }
+
+    def tensor(self, number: int) -> Tensor:
+        """The tensor of record `number`."""
+        return self._trace.tensor(number)
+
+
+class Nothing:
+    """The trace of a rank that is missing: the other ranks are compared without it."""
+
+    records: Sequence[Record] = ()
+    by_key: Mapping[Key, Sequence[int]] = {}
+
+    def tensor(self, number: int) -> Tensor:
+        """Raises LookupError: there is none."""
+        raise LookupError(f"a missing rank has no record {number}")
+
+
+def _placed(record: Record, name: str, wholes: Mapping[str, tuple[int, ...]]) -> Record:
+    """A plain tensor is taken for the whole by who records it; where it is smaller, it is a part."""
+    piece, whole = record.piece, wholes.get(name)
+    by_hand = piece is not None and not piece.declared and whole is not None and record.name != ROOT
+    if not by_hand or piece is None or whole is None or whole == piece.whole or len(whole) != len(piece.whole):
+        return record if name == record.name else replace(record, name=name)
+    placed = Piece(whole=whole, offset=(0,) * len(whole), shape=piece.shape, declared=False)
+    return replace(record, name=name, piece=placed)

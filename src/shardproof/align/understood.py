@@ -1,0 +1,107 @@
+"""How a recorded run was laid out: ranks per mesh axis, and which rank stands where, from the facts that it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from shardproof.errors import UsageError
+from shardproof.spec.parallelism import AXES, Parallelism
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the ranks of a recording stand on a mesh."""
+
+    parallelism: Parallelism
+    order: tuple[int, ...]
+    """Place on the mesh -> rank of the recording, `tp` peers next to each other."""
+    told_by: str
+    """What the degrees were taken from."""
+
+
+def declared(parallelism: Parallelism, world_size: int, label: str) -> Layout:
+    """What a reader says that it is, ranks in the usual order. Raises `UsageError` where it has other ranks."""
+    if parallelism.world_size != world_size:
+        raise UsageError(f"{label}: {world_size} ranks are recorded, and {parallelism} has {parallelism.world_size}")
+    return Layout(parallelism=parallelism, order=tuple(range(parallelism.world_size)), told_by="declared")
+
+
+def from_groups(groups: Mapping[int, Mapping[str, Sequence[int]]], world_size: int, *, split: int = 1) -> Layout:
+    """The layout of a run whose ranks wrote which ranks they share each axis with.
+
+    `split` is over how many ranks plain parameters turned out to be split where no rank wrote a `tp` axis. Ranks about
+    which nothing is known are data-parallel: nothing else leaves whole parameters on each of them.
+
+    Raises `UsageError` where the groups of the ranks make up no mesh.
+    """
+    known = {axis: _size(axis, groups) for axis in AXES}
+    if known["tp"] == 1 and split > 1:
+        known["tp"] = split
+        groups = {
+            rank: {**groups.get(rank, {}), "tp": [rank - rank % split + peer for peer in range(split)]}
+            for rank in range(world_size)
+        }
+    rest, odd = divmod(world_size, prod(known.values()))
+    if odd or rest < 1:
+        raise UsageError(_no_mesh(known, world_size))
+    told_by = "the process groups that the ranks wrote down"
+    if rest > 1:
+        return _completed(known, rest, world_size)
+    parallelism = _parallelism(known)
+    order: dict[int, int] = {}
+    for rank in range(world_size):
+        at = {axis: _index(axis, rank, groups) for axis in AXES}
+        place = (at["dp_replicate"] * known["dp_shard"] + at["dp_shard"]) * known["tp"] + at["tp"]
+        if place in order:
+            # Groups of the same sizes that do not cross as a mesh's do: the usual order is as good as any.
+            return Layout(parallelism=parallelism, order=tuple(range(world_size)), told_by=told_by)
+        order[place] = rank
+    return Layout(parallelism=parallelism, order=tuple(order[place] for place in range(world_size)), told_by=told_by)
+
+
+def _parallelism(degrees: Mapping[str, int]) -> Parallelism:
+    return Parallelism(dp_replicate=degrees["dp_replicate"], dp_shard=degrees["dp_shard"], tp=degrees["tp"])
+
+
+def _completed(known: dict[str, int], rest: int, world_size: int) -> Layout:
+    known = {**known, "dp_replicate": known["dp_replicate"] * rest}
+    said = "ranks about which nothing is known are taken for data-parallel"
+    return Layout(parallelism=_parallelism(known), order=tuple(range(world_size)), told_by=said)
+
+
+def _size(axis: str, groups: Mapping[int, Mapping[str, Sequence[int]]]) -> int:
+    sizes = {len(own[axis]) for own in groups.values() if own.get(axis)}
+    if len(sizes) > 1:
+        raise UsageError(
+            f"the ranks wrote {axis} groups of different sizes ({', '.join(map(str, sorted(sizes)))}): say how the run "
+            "was laid out, as dp_replicate=2,tp=2"
+        )
+    return sizes.pop() if sizes else 1
+
+
+def _index(axis: str, rank: int, groups: Mapping[int, Mapping[str, Sequence[int]]]) -> int:
+    own = groups.get(rank, {}).get(axis)
+    return list(own).index(rank) if own and rank in own else 0
+
+
+def _no_mesh(known: Mapping[str, int], world_size: int) -> str:
+    said = ", ".join(f"{axis}={size}" for axis, size in known.items() if size > 1)
+    return (
+        f"{said} make no mesh of {world_size} ranks: say how the run was laid out, as dp_replicate=2,tp=2, where its "
+        "process groups do not tell"
+    )
+
+
+def groups_of(event: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The axes of one rank's `layout` event, as far as they are lists of ranks: a trace is somebody else's file."""
+    axes = event.get("axes")
+    if not isinstance(axes, Mapping):
+        return {}
+    return {
+        axis: [int(rank) for rank in ranks]
+        for axis, ranks in axes.items()
+        if axis in AXES and isinstance(ranks, list) and ranks and all(type(rank) is int and rank >= 0 for rank in ranks)
+    }

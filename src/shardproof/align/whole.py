@@ -1,0 +1,310 @@
+"""A recorded run as one device would have shown it, on the other run's batch order: what that one is held against.
+
+Nothing is read before it is asked for, and one tensor at a time: a recording may be larger than memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from shardproof.align.side import Side
+from shardproof.compare.layouts import joined, split_dim
+from shardproof.compare.measure import wide
+from shardproof.compare.nested import put
+from shardproof.compare.pending import settled
+from shardproof.parallel import piece as pieces
+from shardproof.parallel.piece import Piece
+from shardproof.trace.record import Record
+
+Key = tuple[int, str, str, str]
+
+Made = Callable[[], Tensor]
+
+PER_PART = frozenset({"forward", "backward", "loss"})
+"""Stages that show something of each part of a batch; all others show the state of the model."""
+
+
+class Whole:
+    """The trusted run's tensors, each whole."""
+
+    def __init__(self, entries: Sequence[tuple[Record, Made | None]]) -> None:
+        self.records: Sequence[Record] = [record for record, _ in entries]
+        self._made = [made for _, made in entries]
+
+    @cached_property
+    def by_key(self) -> Mapping[Key, list[int]]:
+        """Key -> numbers of its records, in the order in which they were made."""
+        found: dict[Key, list[int]] = {}
+        for number, record in enumerate(self.records):
+            if not record.unknown:
+                found.setdefault(record.key, []).append(number)
+        return found
+
+    def tensor(self, number: int) -> Tensor:
+        """The whole tensor of record `number`, put together anew each time."""
+        made = self._made[number]
+        if made is None:
+            raise LookupError(f"record {number}, {self.records[number].key}, has no tensor")
+        return made()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """What one rank of the trusted run shows of a key, call by call."""
+
+    place: int
+    numbers: tuple[int, ...]
+
+
+def whole(side: Side, other: Side, orders: Mapping[int, Sequence[int]]) -> Whole:
+    """`side` as one device, its samples in the order in which `other` read them.
+
+    `orders` maps a step to the place, in this side's order, of each sample in the other's; steps that are left out are
+    in the same order.
+    """
+    shown: dict[Key, dict[int, list[int]]] = {}
+    for place, trace in enumerate(side.traces):
+        for key, numbers in trace.by_key.items():
+            shown.setdefault(key, {})[place] = numbers if isinstance(numbers, list) else list(numbers)
+    entries: list[tuple[Record, Made | None]] = []
+    for key, by_place in shown.items():
+        step, stage, _, _ = key
+        if stage == "batch":
+            entries += _as_it_is(side, by_place)
+        elif stage in PER_PART:
+            entries += _of_parts(side, other, key, by_place, orders.get(step))
+        else:
+            entries.append(_of_state(side, by_place))
+    return Whole(entries)
+
+
+def _as_it_is(side: Side, by_place: Mapping[int, Sequence[int]]) -> list[tuple[Record, Made | None]]:
+    """Of a batch nothing is put together: which samples were read is compared by their digests."""
+    place, numbers = next(iter(by_place.items()))
+    trace = side.traces[place]
+    return [(trace.records[number], partial(trace.tensor, number)) for number in numbers[:1]]
+
+
+# The state of the model: parameters, gradients, optimizer state, buffers.
+
+
+def _of_state(side: Side, by_place: Mapping[int, Sequence[int]]) -> tuple[Record, Made | None]:
+    held = {place: (side.traces[place], numbers[-1]) for place, numbers in by_place.items()}
+    records = {place: trace.records[number] for place, (trace, number) in held.items()}
+    first = next(iter(records.values()))
+    if all(record.missing for record in records.values()):
+        return first, None
+    present = [place for place, record in records.items() if not record.missing]
+    plain = next((p for p in present if (at := records[p].piece) is None or at.local_shape == at.whole), None)
+    if plain is not None and not _pending(records[plain]):
+        trace, number = held[plain]
+        return replace(records[plain], missing=False), partial(trace.tensor, number)
+    shape = next((record.piece.whole for record in records.values() if record.piece is not None), ())
+    by_hand = [p for p in present if (at := records[p].piece) is not None and not at.declared and at.shape != at.whole]
+    if by_hand:
+        tp = side.layout.parallelism.tp
+        peers = [p for p in by_hand if p // tp == by_hand[0] // tp]
+        local = [records[p].piece for p in peers]
+        dim = split_dim([torch.empty(at.shape, device="meta") for at in local if at is not None], shape)
+        record = replace(first, piece=pieces.whole(shape), missing=False)
+        if dim is None:
+            return replace(record, unknown=True), None
+        return record, partial(_joined_by_hand, [held[p] for p in peers], shape[dim], dim)
+    covered = {at for p in present if (at := records[p].piece) is not None}
+    record = replace(first, piece=pieces.whole(shape), missing=False)
+    if sum(prod(at.local_shape) for at in {replace(at, pending=()) for at in covered}) < prod(shape):
+        # Ranks that are not there hold the rest.
+        return replace(record, unknown=True), None
+    return record, partial(_assembled, side, {p: held[p][1] for p in present}, shape)
+
+
+def _pending(record: Record) -> bool:
+    return record.piece is not None and bool(record.piece.pending)
+
+
+def _joined_by_hand(held: Sequence[tuple[object, int]], size: int, dim: int) -> Tensor:
+    return joined([trace.tensor(number) for trace, number in held], size, dim)  # type: ignore[attr-defined]
+
+
+def _assembled(side: Side, held: Mapping[int, int], shape: tuple[int, ...]) -> Tensor:
+    records = {place: side.traces[place].records[number] for place, number in held.items()}
+    if any(_pending(record) for record in records.values()):
+        tensors = {place: side.traces[place].tensor(number) for place, number in held.items()}
+        done = settled(tensors, {place: record.piece for place, record in records.items()})
+    else:
+        done = {}
+    made: Tensor | None = None
+    seen: set[Piece] = set()
+    for place, number in held.items():
+        piece = records[place].piece
+        if piece is None or (plain := replace(piece, pending=())) in seen:
+            continue
+        seen.add(plain)
+        tensor = done[place] if place in done else side.traces[place].tensor(number)
+        if made is None:
+            made = torch.empty(shape, dtype=tensor.dtype)
+        put(made, piece, tensor)
+    return made if made is not None else torch.empty(shape)
+
+
+# What the parts of a batch show: outputs, their gradients, losses.
+
+
+def _of_parts(
+    side: Side, other: Side, key: Key, by_place: Mapping[int, Sequence[int]], order: Sequence[int] | None
+) -> list[tuple[Record, Made | None]]:
+    step, stage, _, _ = key
+    tp, many = side.layout.parallelism.tp, side.microbatches(step)
+    by_call = {
+        place: sorted(numbers, key=lambda number: side.traces[place].records[number].call)
+        for place, numbers in by_place.items()
+    }
+    counts = {len(numbers) for numbers in by_call.values()}
+    place, numbers = next(iter(by_call.items()))
+    first = side.traces[place].records[numbers[0]]
+    if len(counts) != 1 or len(by_call) != len(side.traces) or (calls := divmod(counts.pop(), many))[1]:
+        return [(replace(first, unknown=True, piece=None), None)]
+    like = _like(other, key)
+    found: list[tuple[Record, Made | None]] = []
+    for call in range(calls[0]):
+        cells = [
+            Cell(
+                peers=tuple((rank * tp + peer, by_call[rank * tp + peer][m * calls[0] + call]) for peer in range(tp)),
+                count=count,
+            )
+            for rank, m, count in side.parts(step)
+            if count
+        ]
+        at = first.piece if len(side.traces) == 1 else None
+        record = replace(first, call=call, piece=None if at is None or not at.declared else at, missing=False)
+        if stage == "loss":
+            found.append((record, partial(_loss, side, cells)))
+        else:
+            found.append((record, partial(_batch, side, cells, stage, like, order)))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """What the TP peers of one data rank show of one part of the batch."""
+
+    peers: tuple[tuple[int, int], ...]
+    """(place, number of the record) of each."""
+    count: int
+    """Samples of the part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Like:
+    """How the other side shows the same output."""
+
+    shape: tuple[int, ...]
+    count: int
+    """Samples in it."""
+    tp: int
+
+
+def _like(other: Side, key: Key) -> Like | None:
+    for place, trace in enumerate(other.traces):
+        for number in trace.by_key.get(key, ()):
+            record = trace.records[number]
+            tp = other.layout.parallelism.tp
+            parts = [count for rank, m, count in other.parts(key[0]) if (rank, m) == (place // tp, 0)]
+            if record.missing or not parts or not parts[0]:
+                continue
+            if record.piece is not None and record.piece.declared:
+                return Like(shape=record.piece.whole, count=parts[0], tp=1)
+            return Like(shape=tuple(trace.tensor(number).shape), count=parts[0], tp=tp)
+    return None
+
+
+def _loss(side: Side, cells: Sequence[Cell]) -> Tensor:
+    """The sum over micro-batches, averaged over data ranks."""
+    values = [wide(_cell(side, cell, None)) for cell in cells]
+    return torch.stack(values).sum(0) / side.layout.parallelism.dp
+
+
+def _batch(side: Side, cells: Sequence[Cell], stage: str, like: Like | None, order: Sequence[int] | None) -> Tensor:
+    """One output (or its gradient) over the whole batch."""
+    tensors = [_cell(side, cell, like) for cell in cells]
+    if len(tensors) == 1 and order is None:
+        return tensors[0]
+    dim = _batch_dim(tuple(tensors[0].shape), cells[0].count, like)
+    if dim is None:
+        return _not_of_samples(tensors, cells, stage)
+    joint = torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
+    if order is None:
+        return joint
+    each = joint.shape[dim] // sum(cell.count for cell in cells)
+    index = (torch.tensor(order).unsqueeze(1) * each + torch.arange(each)).reshape(-1)
+    return joint.index_select(dim, index)
+
+
+def _not_of_samples(tensors: Sequence[Tensor], cells: Sequence[Cell], stage: str) -> Tensor:
+    """What has no dim of samples: gradients add up, and a scalar (a loss that is an output) is a mean over samples."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if stage == "backward":
+        return torch.stack([wide(tensor) for tensor in tensors]).sum(0).to(tensors[0].dtype)
+    if all(tensor.shape == tensors[0].shape and torch.equal(tensor, tensors[0]) for tensor in tensors):
+        return tensors[0]
+    if not all(tensor.shape == tensors[0].shape and tensor.is_floating_point() for tensor in tensors):
+        return tensors[0]
+    total = sum(cell.count for cell in cells)
+    weighted = [wide(tensor) * (cell.count / total) for tensor, cell in zip(tensors, cells, strict=True)]
+    return torch.stack(weighted).sum(0).to(tensors[0].dtype)
+
+
+def _batch_dim(shape: tuple[int, ...], count: int, like: Like | None) -> int | None:
+    """Which dim holds the samples: the one as long as there are samples, else one that is a multiple; the first."""
+
+    def fits(dim: int) -> bool:
+        if like is None or len(like.shape) != len(shape):
+            return True
+        if shape[dim] == like.shape[dim]:
+            return count == like.count
+        each, theirs = shape[dim] * like.count, like.shape[dim] * count
+        return each == theirs or each == theirs * like.tp
+
+    dims = [dim for dim, size in enumerate(shape) if size and size % count == 0 and fits(dim)]
+    return next((dim for dim in dims if shape[dim] == count), dims[0] if dims else None)
+
+
+def _cell(side: Side, cell: Cell, like: Like | None) -> Tensor:
+    """The tensor of one part of the batch, from what the TP peers show."""
+    entries = [(place, side.traces[place], number) for place, number in cell.peers]
+    tensors = {place: trace.tensor(number) for place, trace, number in entries}
+    placed = {place: trace.records[number].piece for place, trace, number in entries}
+    first = next(iter(tensors.values()))
+    if any(piece is not None and (piece.declared or piece.pending) for piece in placed.values()):
+        done = settled(tensors, placed)
+        made = torch.empty(next(p.whole for p in placed.values() if p is not None), dtype=first.dtype)
+        for place, piece in placed.items():
+            if piece is not None:
+                put(made, piece, done[place])
+        return made
+    peers = list(tensors.values())
+    if len(peers) == 1 or all(p.shape == first.shape and torch.equal(p, first) for p in peers):
+        return first
+    return _joined(peers, cell.count, like)
+
+
+def _joined(peers: list[Tensor], count: int, like: Like | None) -> Tensor:
+    """Peers that show different tensors: slices, or addends where the other side's one tensor has their shape."""
+    tp, shape = len(peers), tuple(peers[0].shape)
+    if like is not None and len(like.shape) == len(shape):
+        of_samples = _batch_dim(shape, count, like)
+        for dim in range(len(shape)):
+            cut = shape[dim] != like.shape[dim] and shape[dim] * tp in (like.shape[dim], like.shape[dim] * like.tp)
+            if cut and dim != of_samples:
+                return torch.cat(peers, dim)
+        if like.tp == 1:
+            return torch.stack([wide(peer) for peer in peers]).sum(0).to(peers[0].dtype)
+    # Laid out alike on both sides: any dim will do, as it will for the other.
+    return torch.cat(peers, -1) if shape else torch.stack(peers).sum(0)

@@ -1,0 +1,69 @@
+"""`shardproof diff`: reads options, compares two recordings, and prints what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shardproof.errors import UsageError
+from shardproof.report import file, text
+from shardproof.report.data import Report
+
+
+def diff(  # noqa: PLR0913  (typer declares an option by a parameter)
+    a: Annotated[Path, typer.Argument(metavar="A", help="The recording to trust: a directory of sp.record.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The recording to hold against it.")],
+    map: Annotated[
+        list[str] | None, typer.Option(metavar="RULE", help="Rename: 'model.layers.*=blocks.*'. Repeatable.")
+    ] = None,
+    noise: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="A disturbed recording of A. Repeatable.")
+    ] = None,
+    layout_a: Annotated[
+        str | None, typer.Option(metavar="DEGREES", help="How A was laid out: tp=2,dp_shard=2.")
+    ] = None,
+    layout_b: Annotated[str | None, typer.Option(metavar="DEGREES", help="How B was laid out.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as a web page.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor, every finding.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the conclusion only.")] = False,
+) -> Report:
+    """Hold recording B against recording A, tensor by tensor, and explain the first divergence.
+
+    A and B are directories that sp.record wrote: other world sizes, layouts, wrappers, frameworks and micro-batches
+    are welcome. What has no partner is named, with rules that would make names meet.
+
+    \b
+    Examples:
+      shardproof diff runs/single runs/tp2
+      shardproof diff runs/old runs/new --map 'model.layers.*=blocks.*'
+      shardproof diff runs/single runs/megatron --layout-b tp=4,dp_replicate=2
+      shardproof diff runs/single runs/tp2 --noise runs/single-disturbed-1 --noise runs/single-disturbed-2
+
+    \b
+    Exit codes:
+      0  both runs computed the same training
+      1  they diverge
+      2  wrong use, or nothing that can be read
+    """
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other; give one")
+    for path in (json, html):
+        if path is not None:
+            file.check(path)
+    from shardproof.diff import diff as compare  # noqa: PLC0415  (loads torch)
+
+    report = compare(a, b, map=map or (), noise=noise or (), layout_a=layout_a, layout_b=layout_b)
+    console = Console()
+    if quiet:
+        console.print(text.conclusion(report, console.width), soft_wrap=True, highlight=False)
+    else:
+        text.render(report, console, verbose=verbose)
+    if json is not None:
+        report.to_json(json)
+    if html is not None:
+        report.to_html(html)
+    return report

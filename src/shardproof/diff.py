@@ -1,0 +1,253 @@
+"""`diff`: hold one recorded run against another, tensor by tensor, and explain the first divergence."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from shardproof.align.describe import described, without_partner
+from shardproof.align.names import Rule
+from shardproof.align.pair import Pair, pair
+from shardproof.align.side import Side
+from shardproof.align.traces import Key, Only
+from shardproof.align.whole import Whole, whole
+from shardproof.compare.run import compare_run
+from shardproof.compare.verdict import Comparison, Verdict
+from shardproof.compare.view import Observed, Reference
+from shardproof.diagnose.applied import check_applied
+from shardproof.diagnose.at_once import at_once
+from shardproof.diagnose.case import Case, Facts
+from shardproof.diagnose.explain import explain, first_divergence, needs_numbers
+from shardproof.diagnose.finding import Finding
+from shardproof.errors import StrategyError
+from shardproof.report.data import Report, Run
+from shardproof.spec.parallelism import AXES, Parallelism
+from shardproof.spec.strategies import parse
+from shardproof.trace.folder.reader import Recording, open_recording
+from shardproof.trace.trace import Trace
+
+Floors = Mapping[int, float]
+"""Number of a record of the trusted run -> how far rounding alone moves its tensor."""
+
+Known = dict[tuple[str, int], tuple[int, list[Tensor] | None]]
+"""As `Observed.found`: where plain pieces lie, told by their first values and held to ever after."""
+
+UNREAD = "the two runs did not read the same samples in this step, or in one before it"
+
+NO_HARM = "differs, yet every gradient of the step is right: another order, another multiple, or never used"
+
+
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    map: Sequence[str] = (),
+    noise: Sequence[str | os.PathLike[str]] = (),
+    layout_a: str | Parallelism | None = None,
+    layout_b: str | Parallelism | None = None,
+) -> Report:
+    """Hold the recording `b` against the recording `a`, which is trusted; the report is that of `check`.
+
+    Records meet by name, step, stage and call, whatever the world sizes, wrappers, micro-batches and dtypes of the two
+    runs. `map` renames (`"model.layers.*=blocks.*"`). `noise` are further recordings of `a`'s program, made with
+    `record(..., disturb=...)`, from which the noise floor is taken; without them it is estimated
+    (docs/noise-floor.md). `layout_a` and `layout_b` say how a run was laid out (`"tp=2,dp_shard=2"`, `"ddp"`) where
+    its ranks did not write it down.
+
+    Raises `TraceError` where nothing can be read, `UsageError` for wrong use.
+    """
+    started = time.perf_counter()
+    rules = [Rule.parse(text) for text in map]
+    first, second = open_recording(Path(a)), open_recording(Path(b))
+    drawn = [open_recording(Path(path)) for path in noise]
+    layouts = _declared(layout_a, first), _declared(layout_b, second)
+    found = pair(first, second, rules=rules, layouts=layouts)
+    reference = whole(found.want, found.got, found.orders)
+    floors = _floors(found, reference, drawn)
+    known: Known = {}
+    comparisons = _compared(found, reference, floors, known)
+    findings = _findings(found, reference, comparisons, floors, known)
+    shown = [_of_ranks(c, found.got) for c in comparisons]
+    time_s = time.perf_counter() - started
+    run = Run(
+        strategy=str(b),
+        degrees=dict(zip(AXES, found.got.layout.parallelism.degrees, strict=True)),
+        comparisons=tuple(shown),
+        findings=tuple(_finding_of_ranks(finding, found.got) for finding in findings),
+        notes=tuple(_notes(found, shown, first, second)),
+        time_s=time_s,
+    )
+    return Report(
+        experiment=f"{b}",
+        runs=(run,),
+        ranks=second.world_size,
+        steps=len(found.steps),
+        dtype=_dtypes(reference, found),
+        device=_device(second),
+        reference=str(a),
+        recorded=True,
+        estimated=not drawn,
+        time_s=time_s,
+    )
+
+
+def _floors(found: Pair, reference: Whole, drawn: Sequence[Recording]) -> Floors:
+    found_ = {}
+    for number, record in enumerate(reference.records):
+        if not record.missing and not record.unknown:
+            tensor = reference.tensor(number)
+            if tensor.is_floating_point() and tensor.numel():
+                found_[number] = 1e-12 * float(tensor.abs().max()) + 1e-15
+    return found_
+
+
+def _notes(found: Pair, compared: Sequence[Comparison], first: Recording, second: Recording) -> Iterator[str]:
+    for side, facts in zip((found.want, found.got), found.told, strict=True):
+        yield f"{side.label}: {described(side, facts, found.steps)}"
+    yield from found.notes
+    for recording in (first, second):
+        yield from (f"{recording.path}: {problem}" for problem in recording.problems)
+    yield from without_partner(compared, found.want.label, found.got.label)
+    if found.suggested:
+        yield "names would meet with " + " ".join(f"--map '{rule}'" for rule in found.suggested)
+
+
+def _dtypes(reference: Whole, found: Pair) -> str:
+    return "float32"
+
+
+def _device(recording: Recording) -> str:
+    device = next((trace.header.get("device") for trace in recording.ranks.values()), None)
+    return device if isinstance(device, str) else "cpu"
+
+
+def _declared(layout: str | Parallelism | None, recording: Recording) -> Parallelism | None:
+    return None if layout is None else parse(layout, recording.world_size)
+
+
+def _compared(found: Pair, reference: Whole, floors: Floors, known: Known) -> list[Comparison]:
+    """Step by step, as the number of micro-batches may change from one to the next."""
+    comparisons: list[Comparison] = []
+    every = _keys(found, reference)
+    for step in sorted({key[0] for key in every}):
+        keys = {key for key in every if key[0] == step}
+        held = Reference(trace=Only(reference, keys), floors=floors)
+        compared = compare_run(_observed(found, keys, step, known), held)
+        comparisons += [_read_alike(c, found) for c in _harmless(compared)]
+    return comparisons
+
+
+def _findings(
+    found: Pair, reference: Whole, comparisons: Sequence[Comparison], floors: Floors, known: Known
+) -> list[Finding]:
+    first = first_divergence(comparisons)
+    step = found.steps[0] if first is None and found.steps else 0 if first is None else first.step
+    facts = _facts(found, step)
+    finding = at_once(comparisons, facts)
+    if first is not None and needs_numbers(comparisons, facts):
+        keys = _keys(found, reference)
+        finding = explain(
+            Case(
+                comparisons=comparisons,
+                first=first,
+                facts=facts,
+                observed=_observed(found, keys, step, known),
+                reference=Reference(trace=Only(reference, keys), floors=floors),
+            )
+        )
+    return [] if finding is None else [finding]
+
+
+def _facts(found: Pair, step: int) -> Facts:
+    theirs, ours = found.told
+    return Facts(
+        parallelism=found.got.layout.parallelism,
+        microbatches=found.got.microbatches(step),
+        batch_split_over_tp=False,
+        ties={place: told.ties for place, told in ours.items()},
+        reference_ties=next((told.ties for told in theirs.values()), ()),
+        strangers={place: told.strangers for place, told in ours.items()},
+        left_behind={place: told.left_behind for place, told in ours.items()},
+        misread=found.misread,
+        not_applied=_not_applied(found),
+    )
+
+
+def _not_applied(found: Pair) -> Finding | None:
+    """Whether the strategy that the run says it meant to use did nothing."""
+    declared = next((told.declared for told in found.told[1].values() if told.declared), "")
+    if not declared:
+        return None
+    try:
+        meant = parse(declared, found.got.layout.parallelism.world_size)
+    except StrategyError:
+        return None
+    if meant.world_size != found.got.layout.parallelism.world_size:
+        return None
+    pieces = [
+        {r.name: r.piece for r in trace.records if r.stage == "gradient" and not r.part and r.piece is not None}
+        for trace in found.got.traces
+    ]
+    return check_applied(pieces, {}, meant) if all(pieces) else None
+
+
+def _observed(found: Pair, keys: Collection[Key], step: int, known: Known) -> Observed:
+    got = found.got
+    return Observed(
+        ranks=[Only(trace, keys) for trace in got.traces],
+        parallelism=got.layout.parallelism,
+        microbatches=got.microbatches(step),
+        samples=got.samples,
+        found=known,
+    )
+
+
+def _keys(found: Pair, reference: Whole) -> set[Key]:
+    traces: Sequence[Trace] = (reference, *found.got.traces)
+    return {key for trace in traces for key in trace.by_key}
+
+
+def _harmless(compared: Sequence[Comparison]) -> list[Comparison]:
+    """An output or loss that differs where every gradient of the step is right is no wrong training.
+
+    A loop may call backward on a sum and divide later, and a framework may hand on its tokens in another order.
+    """
+    gradients = [c for c in compared if c.stage == "gradient" and c.verdict is not Verdict.NOT_CHECKED]
+    if not gradients or any(c.verdict is Verdict.DIFFERENT for c in gradients):
+        return list(compared)
+    return [
+        replace(c, verdict=Verdict.NOT_CHECKED, reason=NO_HARM)
+        if c.stage in ("forward", "loss", "backward") and c.verdict is Verdict.DIFFERENT
+        else c
+        for c in compared
+    ]
+
+
+def _read_alike(comparison: Comparison, found: Pair) -> Comparison:
+    """Nothing is said of steps in which the runs read other samples, except that they did."""
+    if comparison.step not in found.unread or comparison.stage == "batch":
+        return comparison
+    return replace(comparison, verdict=Verdict.NOT_CHECKED, reason=UNREAD)
+
+
+def _of_ranks(comparison: Comparison, side: Side) -> Comparison:
+    """With the ranks of the recording in the place of places on the mesh."""
+    return replace(
+        comparison,
+        ranks=tuple(sorted(side.rank(place) for place in comparison.ranks)),
+        samples=tuple(replace(sample, rank=side.rank(sample.rank)) for sample in comparison.samples),
+    )
+
+
+def _finding_of_ranks(finding: Finding, side: Side) -> Finding:
+    compared = finding.comparison
+    return replace(
+        finding,
+        ranks=tuple(sorted(side.rank(place) for place in finding.ranks)),
+        comparison=None if compared is None else _of_ranks(compared, side),
+    )

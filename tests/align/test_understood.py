@@ -1,0 +1,52 @@
+"""The mesh of a recorded run, from what its ranks wrote."""
+
+from __future__ import annotations
+
+import pytest
+
+import shardproof as sp
+from shardproof.align.understood import declared, from_groups
+
+
+def groups(**axes: list[list[int]]) -> dict[int, dict[str, list[int]]]:
+    found: dict[int, dict[str, list[int]]] = {}
+    for axis, sets in axes.items():
+        for ranks in sets:
+            for rank in ranks:
+                found.setdefault(rank, {})[axis] = ranks
+    return found
+
+
+def test_the_usual_mesh_has_tp_peers_next_to_each_other() -> None:
+    layout = from_groups(groups(dp_shard=[[0, 2], [1, 3]], tp=[[0, 1], [2, 3]]), 4)
+    assert layout.parallelism.degrees == (1, 2, 2)
+    assert layout.order == (0, 1, 2, 3)
+
+
+def test_a_mesh_with_tp_outside_is_brought_into_order() -> None:
+    layout = from_groups(groups(dp_shard=[[0, 1], [2, 3]], tp=[[0, 2], [1, 3]]), 4)
+    assert layout.parallelism.degrees == (1, 2, 2)
+    assert layout.order == (0, 2, 1, 3)
+
+
+def test_ranks_about_which_nothing_is_known_are_data_parallel() -> None:
+    assert from_groups({}, 4).parallelism.degrees == (4, 1, 1)
+    assert from_groups(groups(tp=[[0, 1], [2, 3]]), 4).parallelism.degrees == (2, 1, 2)
+
+
+def test_parts_of_plain_parameters_tell_a_tp_axis() -> None:
+    layout = from_groups({}, 4, split=2)
+    assert layout.parallelism.degrees == (2, 1, 2)
+    assert layout.order == (0, 1, 2, 3)
+
+
+def test_groups_that_make_no_mesh_ask_for_the_layout() -> None:
+    with pytest.raises(sp.UsageError, match="say how the run was laid out"):
+        from_groups(groups(tp=[[0, 1, 2], [3]]), 4)
+    with pytest.raises(sp.UsageError, match=r"tp=3 make no mesh of 4 ranks"):
+        from_groups(groups(tp=[[0, 1, 2]]), 4)
+
+
+def test_a_declared_layout_has_the_ranks_of_the_recording() -> None:
+    with pytest.raises(sp.UsageError, match="4 ranks are recorded"):
+        declared(sp.Parallelism(tp=2), 4, "runs/tp")

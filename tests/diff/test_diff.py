@@ -1,0 +1,63 @@
+"""Two recordings of a loop that is nobody's trainer: right ones agree, and a mistake is named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import shardproof as sp
+from shardproof.ranks import Ranks, start
+from loops import OnRanks, kinds
+
+MISTAKES = {
+    "unwrapped": ("ddp", 4, "grad-not-reduced", "gradient"),
+    "optimizer-first": ("fsdp", 4, "optimizer", "optimizer-state"),
+    "accumulate-twice": ("ddp-accumulated", 2, "grad-scale", "gradient"),
+    "data-over-world": ("tp", 4, "batch-differs-in-group", "batch"),
+    "repeated": ("ddp", 4, "batch-repeated-across-dp", "batch"),
+    "seeds": ("fsdp", 4, "initial-state", "initial-state"),
+}
+"""Mistake -> where it is made, and what `diff` should say."""
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with start(4, OnRanks(), timeout_s=60) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def recorded(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    """Every layout, recorded once."""
+    folder = tmp_path_factory.mktemp("recorded")
+    found = {}
+    for kind, world in kinds():
+        found[kind, world] = folder / f"{kind}-{world}"
+        ranks.call("train", found[kind, world], kind, world, ranks=list(range(world)))
+    return found
+
+
+@pytest.mark.parametrize("trusted", list(kinds()), ids=lambda at: f"{at[0]}-{at[1]}")
+def test_every_layout_agrees_with_every_other(
+    recorded: dict[tuple[str, int], Path], trusted: tuple[str, int]
+) -> None:
+    for other, path in recorded.items():
+        if other != trusted:
+            report = sp.diff(recorded[trusted], path)
+            assert report.ok, f"{other}\n{report}"
+            assert report.proven, f"{other}\n{report}"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_loop_is_named(
+    ranks: Ranks, recorded: dict[tuple[str, int], Path], tmp_path: Path, mistake: str
+) -> None:
+    kind, world, cause, stage = MISTAKES[mistake]
+    path = tmp_path / mistake
+    ranks.call("train", path, kind, world, mistake, ranks=list(range(world)))
+    report = sp.diff(recorded["single", 1], path)
+    assert not report.ok
+    assert report.first is not None
+    assert (report.first.cause, report.first.stage) == (cause, stage), str(report)
