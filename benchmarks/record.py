@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -30,7 +28,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +91,7 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
     for name, ratios in found.items():
         target = f"{TARGETS[name]:.2f}" if name in TARGETS else "-"
         size = f"{sizes[name] / 1e6:.2f} MB" if name in sizes else "-"
-        print(
-            f"{name:<12}{statistics.median(ratios):>8.3f}{min(ratios):>8.3f}{max(ratios):>8.3f}{target:>8}{size:>16}"
-        )
+        print(f"{name:<12}{statistics.median(ratios):>8.3f}{min(ratios):>8.3f}{max(ratios):>8.3f}{target:>8}{size:>16}")
     return {"parameters": count, "bare_s": bare, "ratios": found, "bytes": sizes}
 
 
@@ -301,7 +296,12 @@ def _tensors() -> Iterator[tuple[str, str, str, tuple[int, ...], int | None]]:
         yield "forward", name, "", shape, dim
     for name, shape, dim in reversed(outputs):
         yield "backward", name, "", shape, dim
-    for stage, part in (("gradient", ""), ("optimizer-state", "exp_avg"), ("optimizer-state", "exp_avg_sq"), ("update", "")):
+    for stage, part in (
+        ("gradient", ""),
+        ("optimizer-state", "exp_avg"),
+        ("optimizer-state", "exp_avg_sq"),
+        ("update", ""),
+    ):
         for name, shape, dim in parameters:
             yield stage, name, part, shape, dim
 
@@ -310,19 +310,15 @@ def _simulate(path: Path, size: int, *, moved: bool, wrong: bool) -> int:
     """A recording whose sketches are drawn at random, so that shards, replicas and parts of the batch add up."""
     import torch
 
-    from shardproof.parallel.piece import Piece
     from shardproof.trace.folder import writer as module
     from shardproof.trace.record import Record
-    from shardproof.trace.stats import stats_of
 
     data = size // TP
     writers = [module.Writer(path, rank, size, {"device": "cpu"}) for rank in range(size)]
     samples = [tuple(f"{rank // TP:024d}" for _ in range(1)) for rank in range(size)]
     for rank, one in enumerate(writers):
         first = rank - rank % TP
-        one.event(
-            "layout", axes={"dp_shard": list(range(rank % TP, size, TP)), "tp": list(range(first, first + TP))}
-        )
+        one.event("layout", axes={"dp_shard": list(range(rank % TP, size, TP)), "tp": list(range(first, first + TP))})
         record = Record(step=0, stage="batch", name="batch", samples=samples[rank])
         one.write(record, torch.zeros(1, 1), depth="stats")
     drawn = torch.Generator().manual_seed(0)
@@ -344,9 +340,7 @@ def _simulate(path: Path, size: int, *, moved: bool, wrong: bool) -> int:
             module.sketch = lambda *_, made=made: made
             module.stats_of = lambda *_: statistics_of_one
             record = Record(step=0, stage=stage, name=name, part=part, piece=piece)
-            one.write(
-                record, torch.zeros(()).expand(local), depth="sketch", samples=None if state else samples[rank]
-            )
+            one.write(record, torch.zeros(()).expand(local), depth="sketch", samples=None if state else samples[rank])
             records += 1
         del number
     for one in writers:

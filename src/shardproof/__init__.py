@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RankLost,
         ShardproofError,
         StrategyError,
+        TraceError,
         UsageError,
     )
     from shardproof.invariants import Violation, check_invariants
@@ -87,6 +88,7 @@ _HOMES = {
     "StrategyError": "errors",
     "TensorBoardLogger": "trainer.loggers.tensorboard",
     "Throughput": "trainer.callbacks.throughput",
+    "TraceError": "errors",
     "Trainer": "trainer.trainer",
     "Training": "spec.training",
     "UsageError": "errors",
@@ -136,6 +138,7 @@ __all__ = [
     "StrategyError",
     "TensorBoardLogger",
     "Throughput",
+    "TraceError",
     "Trainer",
     "Training",
     "UsageError",

@@ -1,4 +1,4 @@
-"""The command line: reads options, calls `check`, the trainer or the zoo, prints the result, and sets the exit code.
+"""The command line: reads options, calls `check`, the trainer, the zoo or `show`, prints, and sets the exit code.
 
 Nothing here imports torch before it is needed: `--help` and a mistyped option answer at once.
 """
@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from shardproof import cli_diff, cli_train
+from shardproof import cli_diff, cli_show, cli_train
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.ranks.launch import Launch
 from shardproof.report import file, show, text
@@ -209,6 +209,13 @@ def _train(**options: Any) -> None:
 def _export(**options: Any) -> None:
     with _exit_codes():
         cli_train.export(**options)
+
+
+@app.command("show", short_help="Print what was recorded of a run.", no_args_is_help=True)
+@wraps(cli_show.show)
+def _show(**options: Any) -> None:
+    with _exit_codes():
+        cli_show.show(**options)
 
 
 @app.command("zoo", short_help="Check known bugs, and right code that looks like them.")

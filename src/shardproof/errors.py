@@ -5,7 +5,8 @@
     │   ├── ExperimentError     the experiment cannot be loaded, built or trained on one device
     │   │   └── PatternError    a name pattern of the experiment matches nothing
     │   ├── StrategyError       a strategy that does not fit the ranks, the data or the model
-    │   └── CheckpointError     a checkpoint that is missing, damaged, of another model, or cannot be written
+    │   ├── CheckpointError     a checkpoint that is missing, damaged, of another model, or cannot be written
+    │   └── TraceError          a recording that is missing, damaged, of another version, or cannot be written
     ├── RankError               a rank did not come back; exit code 3
     │   ├── RankFailed          user code raised on a rank
     │   ├── RankDied            the process of a rank ended (a signal, os._exit, out of memory)
@@ -47,6 +48,10 @@ class StrategyError(UsageError):
 
 class CheckpointError(UsageError):
     """A checkpoint that is missing, damaged, unreadable or of another model, or that could not be written."""
+
+
+class TraceError(UsageError):
+    """A recording (trace directory) that is missing, unreadable or of another version, or that could not be written."""
 
 
 class RankError(ShardproofError):

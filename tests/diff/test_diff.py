@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from loops import OnRanks, kinds
 
 import shardproof as sp
 from shardproof.ranks import Ranks, start
-from loops import OnRanks, kinds
 
 MISTAKES = {
     "unwrapped": ("ddp", 4, "grad-not-reduced", "gradient"),
@@ -40,9 +40,7 @@ def recorded(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
 
 
 @pytest.mark.parametrize("trusted", list(kinds()), ids=lambda at: f"{at[0]}-{at[1]}")
-def test_every_layout_agrees_with_every_other(
-    recorded: dict[tuple[str, int], Path], trusted: tuple[str, int]
-) -> None:
+def test_every_layout_agrees_with_every_other(recorded: dict[tuple[str, int], Path], trusted: tuple[str, int]) -> None:
     for other, path in recorded.items():
         if other != trusted:
             report = sp.diff(recorded[trusted], path)

@@ -53,7 +53,9 @@ def without_partner(comparisons: Sequence[Comparison], want: str, got: str) -> I
         ("this run shows no such tensor", want, got),
     ):
         names = dict.fromkeys(
-            f"{c.name}{'' if c.part.startswith('[') else ' '}{c.part}".rstrip() for c in comparisons if c.verdict is Verdict.NOT_CHECKED and c.reason == reason
+            f"{c.name}{'' if c.part.startswith('[') else ' '}{c.part}".rstrip()
+            for c in comparisons
+            if c.verdict is Verdict.NOT_CHECKED and c.reason == reason
         )
         if names:
             listed = ", ".join(list(names)[:NAMED]) + (", ..." if len(names) > NAMED else "")

@@ -71,9 +71,7 @@ def _of_rank(side: Side, place: int, trace: object, key: Key) -> Iterator[Shown]
         )
 
 
-def _samples(
-    side: Side, place: int, record: Record, microbatch: int, shape: tuple[int, ...]
-) -> tuple[str, ...] | None:
+def _samples(side: Side, place: int, record: Record, microbatch: int, shape: tuple[int, ...]) -> tuple[str, ...] | None:
     """The samples of an output whose first dim is the batch, by the rule of who records; None where there are none."""
     parts = side.reads.get(record.step, ())
     if record.stage not in BY_SAMPLE or place >= len(parts) or microbatch >= len(parts[place]):

@@ -15,7 +15,7 @@ def shown_by(trace: Trace) -> tuple[Shown, ...]:
             stage=record.stage,
             name=record.name,
             part=record.part,
-            layout=_place(record.piece),
+            layout=place(record.piece),
             shape=() if record.missing else tuple(trace.tensor(number).shape),
             values=None if record.missing else trace.tensor(number).tolist(),
         )
@@ -23,8 +23,8 @@ def shown_by(trace: Trace) -> tuple[Shown, ...]:
     )
 
 
-def _place(piece: Piece | None) -> str:
-    """`[0:2, 0:4] of (4, 4)`; empty for the whole and for plain activations, whose place nobody declared."""
+def place(piece: Piece | None) -> str:
+    """Where a piece lies: `[0:2, 0:4] of (4, 4)`; empty for the whole, and for activations of unknown place."""
     if piece is None or (piece.local_shape == piece.whole and not piece.pending):
         return ""
     box = ", ".join(f"{start}:{start + size}" for start, size in zip(piece.offset, piece.shape, strict=True))

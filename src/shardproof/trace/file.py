@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shardproof.parallel.piece import Piece
+from shardproof.trace.plain import as_plain, from_plain
 from shardproof.trace.record import Record
 
 
@@ -22,7 +20,7 @@ def save(path: Path, entries: Iterable[tuple[Record, Tensor | None]]) -> None:
     tensors: dict[str, Tensor] = {}
     records = []
     for number, (record, tensor) in enumerate(entries):
-        records.append(_as_plain(record))
+        records.append(as_plain(record))
         if tensor is not None:
             tensors[str(number)] = tensor.cpu().contiguous()
     save_file(tensors, path, metadata={"records": json.dumps(records, separators=(",", ":"))})
@@ -35,7 +33,7 @@ class TraceFile:
         self.path = path
         self._file = safe_open(path, "pt")
         metadata: dict[str, str] = self._file.metadata()  # type: ignore[no-untyped-call]
-        self.records = tuple(_from_plain(plain) for plain in json.loads(metadata["records"]))
+        self.records = tuple(from_plain(plain) for plain in json.loads(metadata["records"]))
 
     def tensor(self, number: int) -> Tensor:
         """The tensor of record `number`."""
@@ -51,32 +49,3 @@ class TraceFile:
                 continue
             found.setdefault(record.key, []).append(number)
         return found
-
-
-def _as_plain(record: Record) -> dict[str, object]:
-    plain = asdict(record)
-    return {key: value for key, value in plain.items() if value != _DEFAULTS.get(key, _NONE)}
-
-
-def _from_plain(plain: dict[str, Any]) -> Record:
-    piece = plain.pop("piece", None)
-    if isinstance(piece, dict):
-        piece = Piece(**{key: _tuples(value) for key, value in piece.items()})
-    return Record(**plain, piece=piece)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-_NONE = object()
-_DEFAULTS: dict[str, object] = {
-    "part": "",
-    "call": 0,
-    "piece": None,
-    "missing": False,
-    "unknown": False,
-    "draws": 0,
-    "weight": 1.0,
-}
-"""Fields that are left out of the file where they say nothing."""

@@ -24,7 +24,7 @@ class Record:
     """Which leaf of an output or batch, or which entry of an optimizer state."""
 
     call: int = 0
-    """The how-manieth call of the module, or micro-batch, within the step."""
+    """The how-manieth call of the module within the step, all micro-batches together; of a batch or loss, which one."""
 
     piece: Piece | None = None
     """Where the tensor lies in the whole; None for an activation that is a plain tensor."""
@@ -40,6 +40,9 @@ class Record:
 
     weight: float = 1.0
     """For a batch or a loss: the share of this micro-batch in the step's mean."""
+
+    samples: tuple[str, ...] = ()
+    """For a batch: the digest of the content of each of its samples, in their order (`trace.reads.digests`)."""
 
     @property
     def key(self) -> tuple[int, str, str, str]:
