@@ -323,7 +323,7 @@ def _simulate(path: Path, size: int, *, moved: bool, wrong: bool) -> int:
         one.write(record, torch.zeros(1, 1), depth="stats")
     drawn = torch.Generator().manual_seed(0)
     records = 0
-    for number, (stage, name, part, shape, dim) in enumerate(_tensors()):
+    for stage, name, part, shape, dim in _tensors():
         state = stage not in ("forward", "backward")
         cuts = data * TP if state and dim is not None else data
         shares = torch.randn(cuts, 16, 16, generator=drawn)
@@ -338,11 +338,73 @@ def _simulate(path: Path, size: int, *, moved: bool, wrong: bool) -> int:
             made = shares[rank] if cuts == size else shares[at]
             # The numbers are made up: a run of this size would have made them from its own tensors.
             module.sketch = lambda *_, made=made: made
-            module.stats_of = lambda *_: statistics_of_one
+            module.stats_of = lambda local, size=made: _statistics(local, size)
             record = Record(step=0, stage=stage, name=name, part=part, piece=piece)
             one.write(record, torch.zeros(()).expand(local), depth="sketch", samples=None if state else samples[rank])
             records += 1
-        del number
     for one in writers:
         one.close()
     return records
+
+
+def _statistics(local: Any, made: Any) -> Any:
+    """Of a tensor as large as `local` whose sketch is `made`: only its norm says anything."""
+    from shardproof.trace.stats import Stats
+
+    square = float((made.double() ** 2).mean())
+    each = (square / local.numel()) ** 0.5
+    return Stats(
+        count=local.numel(), zeros=0, nans=0, infs=0, min=-each, max=each, sum=0.0, square_sum=square, absmax=each
+    )
+
+
+def _cut(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
+    """What one tp peer holds."""
+    return tuple(n // TP if at == dim else n for at, n in enumerate(shape))
+
+
+def _piece(shape: tuple[int, ...], dim: int | None, at: int, peer: int, data: int) -> Any:
+    """The piece of a rank: cut over tp along `dim`, then over the data ranks along the first dim, in chunks."""
+    from shardproof.parallel.piece import Piece
+
+    offset, extent = [0] * len(shape), list(_cut(shape, dim))
+    if dim is not None:
+        offset[dim] = peer * extent[dim]
+    chunk = -(-extent[0] // data)
+    start = min(at * chunk, extent[0])
+    offset[0] += start
+    extent[0] = min(chunk, extent[0] - start)
+    return Piece(whole=shape, offset=tuple(offset), shape=tuple(extent))
+
+
+def main() -> None:
+    """Read the options and run one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(required=True)
+    for name, work in (("steps", steps), ("diff", diff), ("ranks", ranks)):
+        own = parts.add_parser(name)
+        own.set_defaults(work=work, name=name)
+        own.add_argument("--repetitions", type=int, default=5)
+        own.add_argument("--json", type=Path)
+        own.add_argument("--folder", type=Path, help="where recordings are written; the system's by default")
+    own = parts.choices["steps"]
+    for option, value in (("width", 512), ("layers", 8), ("vocabulary", 8192), ("length", 256), ("batch", 8)):
+        own.add_argument(f"--{option}", type=int, default=value)
+    parts.choices["diff"].add_argument("--gigabytes", type=float, default=4.0)
+    parts.choices["ranks"].add_argument("--ranks", type=int, default=512)
+    own = parts.add_parser("_compare")
+    own.add_argument("a", type=Path)
+    own.add_argument("b", type=Path)
+    own.set_defaults(work=None, json=None)
+    args = parser.parse_args()
+    if args.work is None:
+        _compare(args)
+        return
+    print(f"torch {version('torch')}, Python {platform.python_version()}, {os.cpu_count()} cores\n")
+    found = args.work(args)
+    if args.json is not None:
+        args.json.write_text(json.dumps({args.name: found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

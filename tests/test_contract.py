@@ -939,7 +939,7 @@ def test_the_layout_of_hand_written_tensor_parallelism_is_inferred(name: str) ->
     """Plain local tensors: layouts are inferred from values; any slices that tile the whole are right."""
     report = agrees(checked("tp", parallelize=megatron(RIGHT_SLICES[name]), optimizer=adamw, max_grad_norm=0.1))
     layouts = {c.name: c.layout for c in comparisons(report, "initial-state")}
-    how = "slices" if name in ("in order", "uneven") else "rearranged slices"
+    how = {"interleaved": "interleaved: every 2nd", "swapped": "rearranged slices"}.get(name, "slices")
     assert layouts["fc1.weight"] == f"tp: {how} of dim 0"
     assert layouts["fc2.weight"] == f"tp: {how} of dim 1"
     assert layouts["fc2.bias"] == "replicated"

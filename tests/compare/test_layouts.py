@@ -8,13 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardproof.compare.layouts import in_order, rearranged, slices, split_dim
+from shardproof.compare.layouts import in_order, nearest, slices, split_dim
 
 WHOLE = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def cut(whole: Tensor, dim: int, *slices: list[int]) -> list[Tensor]:
     return [whole.index_select(dim, torch.tensor(chosen, dtype=torch.int64)) for chosen in slices]
+
+
+def rearranged(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[Tensor] | None:
+    found = slices(pieces, whole, dim, floor)
+    return None if found is None else [whole.index_select(dim, index) for index in found]
 
 
 @given(st.permutations(range(12)), st.integers(0, 12), st.booleans())
@@ -114,3 +119,8 @@ def test_slices_are_found_where_rounding_swaps_their_order() -> None:
 def test_slices_that_are_all_alike_are_no_endless_search() -> None:
     whole = torch.randn(4, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     assert slices([torch.zeros(4, 32), torch.zeros(4, 32)], whole, 1, 1e-9) is None
+
+
+def test_rows_that_are_all_alike_have_a_place_each_also_where_there_are_more_places() -> None:
+    places = nearest(torch.zeros(40, 2), torch.zeros(100, 2))
+    assert len(set(places.tolist())) == 40

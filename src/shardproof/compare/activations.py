@@ -11,7 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shardproof.compare.layouts import in_order, rearranged, split_dim
+from shardproof.compare.infer import infer
+from shardproof.compare.infer.placed import spelled
+from shardproof.compare.layouts import in_order, slices, split_dim
 from shardproof.compare.measure import DROWNED, Outcome, Pair, clear, drowned, judge, largest, scale, ulp, wide, within
 from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
@@ -256,11 +258,23 @@ def _readings(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
         return
     dim = split_dim(tensors, tuple(expected.shape))
     if dim is None:
+        yield from _by_values(cell, expected, floor)
         return
     yield Fit(outcome=_judge(cell, tensors, in_order(tensors, expected, dim), floor), layout=f"tp: slices of dim {dim}")
-    other = rearranged(tensors, expected, dim, floor)
-    if other is not None:
-        yield Fit(outcome=_judge(cell, tensors, other, floor), layout=f"tp: rearranged slices of dim {dim}")
+    order = slices(tensors, expected, dim, floor)
+    if order is not None:
+        other = [expected.index_select(dim, index) for index in order]
+        yield Fit(outcome=_judge(cell, tensors, other, floor), layout=f"tp: {spelled(order, dim)}")
+
+
+def _by_values(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
+    """Pieces whose lengths alone add up to nothing: blocks of which several peers hold the same part."""
+    found = infer(dict(enumerate(cell.tensors)), expected, floor)
+    if found.fits and found.dim is not None and not found.sums:
+        wants = [found.take(peer, expected) for peer in range(len(cell.tensors))]
+        order = [found.cuts[0].index[peer] for peer in range(len(cell.tensors))]
+        layout = f"tp: {spelled(order, found.dim)}"
+        yield Fit(outcome=_judge(cell, list(cell.tensors), wants, floor), layout=layout)
 
 
 def _one_vector(extra: Tensor, floor: float) -> bool:

@@ -68,12 +68,6 @@ def joined(pieces: list[Tensor], size: int, dim: int) -> Tensor:
     return torch.cat(pieces[:: max(repeats(pieces, size, dim), 1)], dim)
 
 
-def rearranged(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[Tensor] | None:
-    """What each piece should hold if they are any slices of `whole` along `dim`; see `slices`."""
-    found = slices(pieces, whole, dim, floor)
-    return None if found is None else [whole.index_select(dim, index) for index in found]
-
-
 def slices(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[Tensor] | None:
     """Which slices of `whole` each piece holds if they are any slices of `whole` along `dim`, each taken exactly once.
 
@@ -93,14 +87,14 @@ def slices(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[
     error = furthest(joint, whole.index_select(dim, matched))
     if error > floor and size <= NEAREST_SIZE:
         # In low precision rounding swaps neighbours in that order; the nearest in all projections is the right one.
-        nearest = _nearest(held, marks)
-        nearer = furthest(joint, whole.index_select(dim, nearest))
+        closest = nearest(held, marks)
+        nearer = furthest(joint, whole.index_select(dim, closest))
         if nearer < error:
-            matched, error = nearest, nearer
+            matched, error = closest, nearer
     return list(torch.split(matched, [piece.shape[dim] for piece in pieces])) if within(error, floor) else None
 
 
-def _nearest(held: Tensor, marks: Tensor) -> Tensor:
+def nearest(held: Tensor, marks: Tensor) -> Tensor:
     """Row of `held` -> a row of `marks` near it, each used once: where two ask for the same, the nearer has it."""
     apart = torch.cdist(held, marks).nan_to_num(nan=float("inf"))
     matched = torch.full((len(held),), -1, dtype=torch.long)
@@ -118,7 +112,8 @@ def _nearest(held: Tensor, marks: Tensor) -> Tensor:
     # Rows that are all alike ask for the same again and again, and are as right in any order.
     free = torch.ones(len(marks), dtype=torch.bool)
     free[matched[matched >= 0]] = False
-    matched[matched < 0] = free.nonzero()[:, 0]
+    rest = matched < 0
+    matched[rest] = free.nonzero()[: int(rest.sum()), 0]
     return matched
 
 

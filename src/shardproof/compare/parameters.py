@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from shardproof.compare.infer import infer
+from shardproof.compare.infer.placed import spelled
 from shardproof.compare.layouts import in_order, slices, split_dim, starts, tells
 from shardproof.compare.measure import DROWNED, Outcome, Pair, clear, drowned, judge, scale, ulp
 from shardproof.compare.nested import inner_pieces
@@ -190,7 +192,7 @@ class PlacedByHand:
     @property
     def layout(self) -> str:
         """In words."""
-        return f"tp: {'' if self.order is None else 'rearranged '}slices of dim {self.dim}"
+        return f"tp: slices of dim {self.dim}" if self.order is None else f"tp: {spelled(self.order, self.dim)}"
 
     def take(self, whole: Tensor) -> list[Tensor]:
         """What each piece holds of a whole tensor."""
@@ -205,11 +207,18 @@ def placed_by_hand(
     """Where the pieces of a tp group lie; or why they make up no whole."""
     declared = observed.declared(name).get("tp")
     dim = split_dim(pieces, tuple(want.shape), declared)
+    known = observed.found.get((name, group))
+    if dim is None and declared is None:
+        # Blocks of which several peers hold the same part: their lengths alone add up to nothing.
+        known = known if known is not None and _as_long(pieces, *known) else _by_values(pieces, want, floor)
+        if known is not None:
+            if tells(want, known[0], floor):
+                observed.found[name, group] = known
+            return PlacedByHand(dim=known[0], pieces=pieces, order=known[1])
     if dim is None:
         shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
         along = "" if declared is None else f" along dim {declared}, as placements declares"
         return f"pieces {shapes} do not tile the whole {tuple(want.shape)}{along}"
-    known = observed.found.get((name, group))
     if known is not None and known[0] == dim:
         order = known[1]
     else:
@@ -224,6 +233,20 @@ def placed_by_hand(
         if right and tells(want, dim, floor):
             observed.found[name, group] = (dim, order)
     return PlacedByHand(dim=dim, pieces=pieces, order=order)
+
+
+def _as_long(pieces: Sequence[Tensor], dim: int, order: Sequence[Tensor] | None) -> bool:
+    """Whether each piece has as many places along `dim` as `order` gives it."""
+    return order is not None and [piece.shape[dim] for piece in pieces] == [len(places) for places in order]
+
+
+def _by_values(pieces: list[Tensor], want: Tensor, floor: float) -> tuple[int, list[Tensor]] | None:
+    """The one dim that is cut and which places along it each piece holds, where no sizes tell."""
+    found = infer(dict(enumerate(pieces)), want, floor)
+    if not found.fits or found.dim is None or found.sums:
+        return None
+    index = found.cuts[0].index
+    return found.dim, [index[peer] for peer in range(len(pieces))]
 
 
 def _judge_nested(
