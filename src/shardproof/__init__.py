@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from shardproof.invariants import Violation, check_invariants
     from shardproof.parity import assert_parity, check
+    from shardproof.record.watch import record
     from shardproof.report.data import Report, Run
     from shardproof.spec.duration import Duration
     from shardproof.spec.experiment import Experiment
@@ -100,6 +101,7 @@ _HOMES = {
     "check_invariants": "invariants",
     "diff": "diff",
     "load": "spec.loading",
+    "record": "record.watch",
 }
 """Public name -> the module it lives in, loaded when the name is first used: `import shardproof` loads no torch."""
 
@@ -151,6 +153,7 @@ __all__ = [
     "check_invariants",
     "diff",
     "load",
+    "record",
 ]
 
 

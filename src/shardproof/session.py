@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from shardproof.compare.floor import Moved, floor_of
 from shardproof.compare.reads import Reads, digest_of, understand
+from shardproof.compare.split import sharded_over
 from shardproof.compare.verdict import Comparison
 from shardproof.compare.view import Observed
-from shardproof.diagnose.applied import check_applied, sharded_over
+from shardproof.diagnose.applied import check_applied
 from shardproof.diagnose.at_once import at_once
 from shardproof.diagnose.blind import Lived, blind_spots
 from shardproof.diagnose.case import Facts

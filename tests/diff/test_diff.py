@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loops import OnRanks, kinds
+from somebodys_loop import OnRanks, kinds
 
 import shardproof as sp
 from shardproof.ranks import Ranks, start

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from shardproof.align.side import Side
 from shardproof.align.told import Told
+from shardproof.compare.split import sharded_over
 from shardproof.compare.verdict import Comparison, Verdict
-from shardproof.diagnose.applied import sharded_over
 from shardproof.spec.parallelism import AXES
 
 NAMED = 4

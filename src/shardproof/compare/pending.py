@@ -16,8 +16,12 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda parts: parts.amax(0),
     "min": lambda parts: parts.amin(0),
     "product": lambda parts: parts.prod(0),
+    "norm1": lambda parts: parts.sum(0),
+    "norm2": lambda parts: parts.square().sum(0).sqrt(),
 }
-"""`reduce_op` of a Partial placement -> what it does with parts stacked along a new first dim."""
+"""`reduce_op` of a Partial placement -> what it does with parts stacked along a new first dim.
+
+`norm1` and `norm2` are of norms over pieces, as torch's `clip_grad_norm_` hands on of sharded gradients."""
 
 
 def settled(tensors: Mapping[int, Tensor], pieces: Mapping[int, Piece | None]) -> dict[int, Tensor]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -85,10 +86,14 @@ def held_parameters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]] | No
     hidden = {id(held.leaf) for held in flat.values()}
     # FSDP keeps what stood at the other end of a tie; under tensor parallelism that is no longer the same object.
     tied = {name for group in _flat_ties(model, names) for name in group}
+    sharded = _sharded_parameters(model)
     seen: set[int] = set()
     for prefix, module in modules.items():
         for attribute, parameter in _attributes(module):
             name = join(prefix, attribute)
+            # After a forward pass without backward the root of FSDP2 still shows its gathered parameters, which the
+            # optimizer knows nothing of.
+            parameter = sharded.get((id(module), attribute), parameter)
             if name in flat:
                 yield replace(flat[name], canonical=shapes.get(name))
             elif isinstance(parameter, nn.Parameter) and name not in tied and id(parameter) not in seen | hidden:
@@ -129,6 +134,30 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
     for name, value in vars(module).items():
         if isinstance(value, Tensor):
             yield name, value
+
+
+def _sharded_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
+    """(id of the module, attribute) -> the shard that the optimizer steps, of every parameter that FSDP2 manages."""
+    found: dict[tuple[int, str], nn.Parameter] = {}
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in fsdp2_groups(module):
+            for managed in group.fsdp_params:
+                info = managed._module_info
+                places = [(info.module, info.param_name)]
+                places += zip(info.shared_modules, info.shared_param_names, strict=True)
+                found |= {(id(owner), name): managed.sharded_param for owner, name in places}
+    return found
+
+
+def fsdp2_groups(module: FSDPModule) -> list[Any]:
+    """What FSDP2 gathers at once of the parameters of `module`; none for one whose parameters others manage."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    # Before torch 2.13 there is one at most.
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def flat_handles(model: nn.Module) -> Iterator[FlatParamHandle]:

@@ -13,18 +13,27 @@ ROOT = "(root)"
 """Name of the model itself where a name has to be shown."""
 
 
+def within(module: nn.Module) -> nn.Module | None:
+    """What a wrapper is around, by its type: a model may own an attribute called `module`. None for what is none."""
+    kind = type(module)
+    found: object = None
+    if isinstance(module, DistributedDataParallel | DataParallel | FullyShardedDataParallel):
+        found = module.module
+    elif isinstance(module, ActivationWrapper):
+        found = module._checkpoint_wrapped_module
+    elif kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
+        # Looked up by name: importing torch._dynamo costs 0.3 s and nothing here needs it otherwise.
+        found = module._orig_mod
+    elif kind.__name__ == "_FabricModule" and kind.__module__.startswith("lightning"):
+        found = module._forward_module
+    return found if isinstance(found, nn.Module) else None
+
+
 def inside(module: nn.Module) -> nn.Module:
-    """The user's own module under any wrappers, found by their type: a model may own an attribute called `module`."""
-    while True:
-        if isinstance(module, DistributedDataParallel | DataParallel | FullyShardedDataParallel):
-            module = module.module
-        elif isinstance(module, ActivationWrapper):
-            module = module._checkpoint_wrapped_module
-        elif type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch."):
-            # Looked up by name: importing torch._dynamo costs 0.3 s and nothing here needs it otherwise.
-            module = module._orig_mod  # type: ignore[assignment]
-        else:
-            return module
+    """The user's own module under any wrappers."""
+    while (inner := within(module)) is not None:
+        module = inner
+    return module
 
 
 def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

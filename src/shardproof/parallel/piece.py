@@ -28,7 +28,7 @@ class Piece:
     """Start and end in the flattened box, where the rank holds only that (FSDP's flat parameters)."""
 
     pending: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    """(`reduce_op`, global ranks) of the reductions that the piece still lacks: it is a partial sum, mean ..."""
+    """(`reduce_op` or `norm2`, global ranks) of the reductions that the piece lacks: it is a partial sum, mean ..."""
 
     declared: bool = True
     """Whether the layout is known from metadata; a plain tensor's is only assumed to be the whole."""
@@ -86,7 +86,7 @@ def of_spec(spec: DTensorSpec) -> Piece:
         offset[dim] += start
         extent[dim] = min(chunk, extent[dim] - start)
     pending = tuple(
-        (str(placement.reduce_op), tuple(_peers(spec, axis)))
+        (_reduction(placement), tuple(_peers(spec, axis)))
         for axis, placement in enumerate(placements)
         if isinstance(placement, Partial)
     )
@@ -116,6 +116,12 @@ def _order(placements: Sequence[object]) -> list[int]:
         elif isinstance(placement, Shard):
             order.insert(0, axis)
     return order
+
+
+def _reduction(placement: Partial) -> str:
+    """`reduce_op`, or `norm2` for what still has to be summed by its squares, as the norm of sharded gradients."""
+    order = getattr(placement, "norm_type", None)
+    return str(placement.reduce_op) if order is None else f"norm{order:g}"
 
 
 def _peers(spec: DTensorSpec, axis: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -16,17 +15,16 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from shardproof.parallel import piece
-from shardproof.parallel.held import Held, plain
-from shardproof.parallel.names import ROOT, canonical_buffers, canonical_modules
+from shardproof.parallel.held import Held
+from shardproof.parallel.names import ROOT, canonical_modules
 from shardproof.parallel.piece import Piece
 from shardproof.parallel.seeding import generators
 from shardproof.spec.loss import LossSum
 from shardproof.trace.file import save
 from shardproof.trace.leaves import leaves
 from shardproof.trace.record import Record
-
-State = tuple[str, str, str, Tensor, Piece | None]
-"""Stage, name, part, tensor and where it lies."""
+from shardproof.trace.states import CAUSES, State, as_kept, buffers, optimizer_state, weights
+from shardproof.trace.untraced import untraced
 
 
 class Recorder:
@@ -71,17 +69,16 @@ class Recorder:
         """
         self._parameters = parameters
         self._state = lambda: self._state_of(model, parameters if now is None else now(), optimizer)
-        model.register_forward_pre_hook(_untraced(lambda _module, _args: self._resume()), prepend=True)
+        model.register_forward_pre_hook(untraced(lambda _module, _args: self._resume()), prepend=True)
         for name, module in canonical_modules(model):
-            module.register_forward_hook(_untraced(partial(self._output, name or ROOT)))
+            module.register_forward_hook(untraced(partial(self._output, name or ROOT)))
             if self._inputs:
                 # Before the hooks of a layout, which may turn the input into something else.
-                hook = _untraced(partial(self._input, name or ROOT))
+                hook = untraced(partial(self._input, name or ROOT))
                 module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         optimizer.register_step_pre_hook(lambda _optimizer, args, kwargs: self._before_optimizer(args, kwargs))
-        order = {"update": 0, "buffer": 1, "optimizer-state": 2}
         for _, name, part, tensor, where in sorted(
-            self._state_of(model, parameters, optimizer), key=lambda s: order[s[0]]
+            self._state_of(model, parameters, optimizer), key=lambda s: CAUSES[s[0]]
         ):
             self._add("initial-state", name, tensor, part=part, where=where)
 
@@ -126,7 +123,7 @@ class Recorder:
         lost = dict(self._left)
         for _, name, part, tensor, where in self._state() if self._left else ():
             known = lost.pop((name, part), None)
-            if known is not None and not torch.equal(_as_kept(tensor), known[0]):
+            if known is not None and not torch.equal(as_kept(tensor), known[0]):
                 # Of the step before: that is where it belongs in the order of causes.
                 self._add("checkpoint", name, tensor, part=part, where=where, step=self._step - 1)
         for (name, part), (_, where) in lost.items():
@@ -227,24 +224,9 @@ class Recorder:
 
     def _state_of(self, model: nn.Module, parameters: Iterable[Held], optimizer: Optimizer) -> Iterator[State]:
         """What a step leaves behind, in the order of causes: optimizer state, weights, buffers."""
-        for held in self._parameters:
-            if 0 in held.piece.local_shape:
-                # Of a parameter of which this rank holds nothing, it need not count steps either.
-                continue
-            for key, value in optimizer.state.get(held.leaf, {}).items():
-                if isinstance(value, Tensor) and value.dim() > 0 and value.shape == held.leaf.shape:
-                    yield "optimizer-state", held.name, key, held.local(value), held.piece_of(value)
-                elif isinstance(value, int | float | Tensor):
-                    # Of another shape than its parameter (a factored moment): whole only if the parameter is.
-                    scalar = torch.as_tensor(value) if not isinstance(value, Tensor) else value
-                    whole = scalar.dim() == 0 or held.piece.local_shape == held.piece.whole
-                    where = piece.of_tensor(scalar) if whole or isinstance(scalar, DTensor) else None
-                    yield "optimizer-state", held.name, key, scalar, where
-        for held in parameters:
-            yield "update", held.name, "", held.local(held.leaf), held.piece
-        for name, buffer in canonical_buffers(model):
-            if isinstance(buffer, Tensor):
-                yield "buffer", name, "", buffer, piece.of_tensor(buffer)
+        yield from optimizer_state(self._parameters, optimizer)
+        yield from weights(parameters)
+        yield from buffers(model)
 
     def _add(  # noqa: PLR0913 (the fields of a record)
         self,
@@ -292,17 +274,4 @@ def _kept(tensor: Tensor) -> Tensor:
 
     safetensors knows neither sparse tensors nor complex numbers, and a distance is a real number.
     """
-    return _as_kept(tensor).clone()
-
-
-def _as_kept(tensor: Tensor) -> Tensor:
-    tensor = plain(tensor.detach())
-    tensor = tensor.to_dense() if tensor.is_sparse else tensor
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
-    """`hook`, called as it is where torch.compile would trace it as a part of the user's model."""
-    # Looked up by name: importing torch._dynamo costs 0.3 s, and who compiles has loaded it.
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    return hook if dynamo is None else dynamo.disable(hook)
+    return as_kept(tensor).clone()

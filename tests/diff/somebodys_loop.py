@@ -136,7 +136,7 @@ def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def train(path: Path, kind: str, *, mistake: str = "", dtype: torch.dtype = torch.float64, what: str = "full") -> None:
-    """Three steps in the current world, recorded at `path`. Samples go round robin, as DistributedSampler deals them."""
+    """Three steps in the current world, recorded at `path`; samples go round robin, as DistributedSampler does it."""
     world, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(rank if mistake == "seeds" else 0)
     model = Net().to(dtype)
