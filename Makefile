@@ -7,13 +7,14 @@ bin := $(VENV)/bin
 install := $(bin)/python -m pip install --quiet -c constraints.txt
 inputs := pyproject.toml constraints.txt
 
-.PHONY: help check-example test zoo zoo-page clean
+.PHONY: help check-example test zoo zoo-page frameworks clean
 
 help:
 	@echo "make check-example   install shardproof into $(VENV) and check examples/digits.py on four ranks"
 	@echo "make test            install the tools of its developers as well, and run linters and tests"
 	@echo "make zoo             check every known bug, and right code that looks like one; minutes"
 	@echo "make zoo-page        do so in four settings, and write the tables of docs/zoo.md"
+	@echo "make frameworks      make an environment for each framework of examples/frameworks, in $(VENV)/frameworks"
 	@echo "make clean           remove $(VENV)"
 
 check-example: $(VENV)/.example-installed
@@ -31,6 +32,9 @@ zoo: $(VENV)/.example-installed
 
 zoo-page: $(VENV)/.example-installed
 	$(bin)/python benchmarks/zoo_table.py
+
+frameworks:
+	$(PYTHON) examples/frameworks/environments.py --into "$(VENV)/frameworks"
 
 clean:
 	rm -rf "$(VENV)"
