@@ -131,7 +131,7 @@ def test_blocks_dealt_out_in_turn_are_interleaved() -> None:
     assert inferred(rows(whole, *own), whole).text == "interleaved: every 4th of dim 0 in blocks of 2"
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.permutations(range(12)), st.integers(1, 11), st.booleans())
 def test_any_places_that_tile_the_whole_are_found(order: list[int], first: int, transposed: bool) -> None:
     whole, dim = (random(5, 12), 1) if transposed else (random(12, 5), 0)
@@ -317,7 +317,7 @@ def test_an_infinity_that_both_hold_is_equal() -> None:
 
 
 @pytest.mark.parametrize("layout", ["replicated", "slices", "fused", "interleaved", "grid", "partial"])
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(rank=st.integers(0, 3), place=st.integers(0, 10**6))
 def test_one_wrong_element_of_any_rank_is_enough_for_no_layout(layout: str, rank: int, place: int) -> None:
     whole, first = random(16, 4), random(16, 4, seed=2)
@@ -395,7 +395,7 @@ def test_rounding_does_not_hide_a_layout(dtype: torch.dtype) -> None:
     assert 0 < found.residual <= 1
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     ranks=st.sampled_from([2, 4]),
     heads=st.integers(1, 4),

@@ -16,7 +16,7 @@ from shardproof.compare.infer import Inferred, infer
 from shardproof.compare.measure import ulp
 from shardproof.ranks import start
 from shardproof.spec.parallelism import Parallelism
-from shardproof.trace.file import Trace
+from shardproof.trace.file import TraceFile
 from shardproof.trace.record import Record
 from shardproof.train.run import Variant
 from shardproof.worker import Worker
@@ -50,9 +50,9 @@ SEQUENCE = 1
 class Runs:
     """The traces of all layouts, and of one device."""
 
-    reference: Trace
+    reference: TraceFile
     floors: Mapping[int, float]
-    ranks: Mapping[str, list[Trace]]
+    ranks: Mapping[str, list[TraceFile]]
 
     def floor(self, number: int) -> float:
         return max(self.floors.get(number, 0.0), ulp(self.reference.tensor(number)))
@@ -77,9 +77,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         for name, layout in LAYOUTS.items():
             own = name.replace(" ", "")
             ranks.call("run", own, layout, Variant(), ranks=range(layout.world_size))
-            traces[name] = [Trace(worker.trace(own, rank)) for rank in range(layout.world_size)]
+            traces[name] = [TraceFile(worker.trace(own, rank)) for rank in range(layout.world_size)]
     floors = {number: floor_of(moves) for number, moves in moved.items()}
-    return Runs(reference=Trace(worker.trace("reference", 0)), floors=floors, ranks=traces)
+    return Runs(reference=TraceFile(worker.trace("reference", 0)), floors=floors, ranks=traces)
 
 
 def truth(record: Record, shape: tuple[int, ...], layout: Parallelism, rank: int) -> Tensor:
