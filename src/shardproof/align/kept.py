@@ -9,9 +9,9 @@ import torch
 from shardproof.align.side import Side
 from shardproof.align.traces import Aligned, Key
 from shardproof.compare import sketched
-from shardproof.compare.sketched import Shown
+from shardproof.compare.wholes import Shown, read
 from shardproof.trace.record import Record
-from shardproof.trace.sketch import sketch
+from shardproof.trace.sketch import norm, sketch
 from shardproof.trace.stats import stats_of
 
 BY_SAMPLE = frozenset({"forward", "backward"})
@@ -78,3 +78,16 @@ def _samples(side: Side, place: int, record: Record, microbatch: int, shape: tup
         return None
     samples = parts[place][microbatch]
     return samples if samples and shape and shape[0] == len(samples) else None
+
+
+def norm_of(side: sketched.Side) -> float:
+    """The 2-norm of a side's tensor as a whole; 0 where it cannot be told."""
+    present = [one for one in side.shown if not one.record.missing]
+    if not present:
+        return 0.0
+    first = next(iter(read(side).wholes), None)
+    if first is None:
+        return 0.0
+    if first.sketch is not None:
+        return norm(first.sketch)
+    return first.stats.norm if first.stats is not None else 0.0
