@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import traceback
 from collections import Counter
@@ -15,9 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardproof.compare.assemble import assemble
-from shardproof.compare.floor import Moved
+from shardproof.compare.floor import Moved, moved
 from shardproof.compare.invariants import Seen, compare_invariants
-from shardproof.compare.measure import furthest, scale, ulp
 from shardproof.compare.parameters import compare as compare_parameter
 from shardproof.compare.run import compare_run
 from shardproof.compare.told import told_by
@@ -141,16 +139,12 @@ class Worker:
                 number = numbers.get((record.key, record.call))
                 if tensor is None or number is None or reference.records[number].missing:
                     continue
-                value, want = tensor.cpu(), reference.tensor(number)
-                if value.shape != want.shape:
-                    continue
+                value = tensor.cpu()
                 if record.stage == "backward":
                     value = value / run.template.loss_scale
-                moved = furthest(value, want)
-                # A draw that runs into NaN says nothing about rounding.
-                if math.isfinite(moved):
-                    is_scaled = run.template.loss_scale != 1.0
-                    floors.setdefault(number, []).append(Moved(is_scaled, moved, ulp(want), scale(want)))
+                found = moved(value, reference.tensor(number), scaled=run.template.loss_scale != 1.0)
+                if found is not None:
+                    floors.setdefault(number, []).append(found)
             # Before the next is built: a recorded run holds every tensor of every step.
             del run
         return floors

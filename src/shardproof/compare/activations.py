@@ -14,8 +14,22 @@ from torch import Tensor
 from shardproof.compare.infer import infer
 from shardproof.compare.infer.placed import spelled
 from shardproof.compare.layouts import in_order, slices, split_dim
-from shardproof.compare.measure import DROWNED, Outcome, Pair, clear, drowned, judge, largest, scale, ulp, wide, within
+from shardproof.compare.measure import (
+    DROWNED,
+    Outcome,
+    Pair,
+    clear,
+    drowned,
+    judge,
+    largest,
+    products,
+    scale,
+    ulp,
+    within,
+    within_ratio,
+)
 from shardproof.compare.pending import settled
+from shardproof.compare.stream import wide
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference
 from shardproof.trace.record import Record
@@ -71,21 +85,21 @@ def compare(
         return replace(base, reason=reason)
     calls = reference.calls(step, len(wholes))
     cells, problem = cells_of(key, observed, calls=calls)
-    base = replace(base, shape=tuple(wholes[0].shape), floor=max(reference.floor(key), ulp(wholes[0])))
+    sizes = [scale(whole) for whole in wholes]
+    base = replace(base, shape=tuple(wholes[0].shape), floor=max(reference.floor(key), ulp(wholes[0], sizes[0])))
     if problem:
         return replace(base, reason=problem)
     fits = []
     for cell in cells:
         factor = (factors or {}).get((step, cell.microbatch), 1.0)
         whole, place = _counterpart(cell, wholes, calls, observed, reference)
-        whole = whole if factor == 1.0 else wide(whole) * factor
-        fit = best_fit(cell, whole, base.floor * abs(factor), place)
+        fit = best_fit(cell, whole, base.floor * abs(factor), place, factor)
         if fit is None:
             got = ", ".join(sorted({str(tuple(t.shape)) for t in cell.tensors}))
             reason = f"{got} is no part of the reference's {tuple(whole.shape)} by samples or slices"
             return replace(base, reason=reason)
         fits.append(replace(fit, unit=abs(factor)))
-    size = max(scale(whole) for whole in wholes)
+    size = max(sizes)
     result = _merged(base, fits, size=size)
     unclear = [fit for fit in fits if not clear(fit.outcome.error, base.floor * fit.unit)]
     if unclear and not any(fit.of_part for fit in unclear) and _vary(cells):
@@ -211,10 +225,14 @@ def _counterpart(
     return wholes[cell.call], observed.part(step, cell.data_rank, cell.microbatch)
 
 
-def best_fit(cell: Cell, whole: Tensor, floor: float, part: tuple[int, int, int]) -> Fit | None:
-    """The reading of a cell that fits its values; the closest one where none does; None where no shape fits."""
+def best_fit(cell: Cell, whole: Tensor, floor: float, part: tuple[int, int, int], factor: float = 1.0) -> Fit | None:
+    """The reading of a cell that fits its values; the closest one where none does; None where no shape fits.
+
+    The cell is held against `factor` times its part of the whole; `floor` is that of the product.
+    """
     closest: Fit | None = None
-    for expected in parts_of(whole, part):
+    for own in parts_of(whole, part):
+        expected = own if factor == 1.0 else wide(own) * factor
         for reading in _readings(cell, expected, floor):
             fit = replace(reading, of_part=part[1] == part[2] or expected.shape != whole.shape)
             if clear(fit.outcome.error, floor):
@@ -249,9 +267,13 @@ def _readings(cell: Cell, expected: Tensor, floor: float) -> Iterator[Fit]:
         if len(tensors) == 1:
             yield Fit(outcome=apart, layout="replicated")
             return
+        if apart.verdict is not Verdict.DIFFERENT:
+            yield Fit(outcome=apart, layout="replicated")
+        # Who asked for one reading only has it by now, without a sum.
         total = torch.stack([wide(tensor) for tensor in tensors]).sum(0)
-        biased = apart.verdict is Verdict.DIFFERENT and _one_vector(total - wide(expected), floor * len(tensors))
-        yield Fit(outcome=apart, layout=PARTIAL_AND_BIAS if biased else "replicated")
+        if apart.verdict is Verdict.DIFFERENT:
+            biased = _one_vector(total - wide(expected), floor * len(tensors))
+            yield Fit(outcome=apart, layout=PARTIAL_AND_BIAS if biased else "replicated")
         together = _judge(cell, [total] * len(tensors), [expected] * len(tensors), floor)
         if together.verdict is not Verdict.DIFFERENT:
             yield Fit(outcome=together, layout=PARTIAL)
@@ -412,15 +434,13 @@ def _factor(cell: Cell, whole: Tensor, floor: float, part: tuple[int, int, int])
         got = cell.tensors[0]
         if got.shape != expected.shape or cell.records[0].piece is not None:
             continue
-        square = float((wide(expected) ** 2).sum())
-        if not square > 0:
+        pair = Pair(rank=cell.ranks[0], got=got, want=expected)
+        together, square = products([pair])
+        if not square > 0 or not math.isfinite(together / square):
             continue
-        fitted = float((wide(got) * wide(expected)).sum()) / square
-        if not math.isfinite(fitted):
-            continue
+        fitted = together / square
         # Factors are made of counts. A fitted one carries the rounding of a long sum, the simple one near it does not.
         for factor in (float(Fraction(fitted).limit_denominator(LARGEST_DIVISOR)), fitted):
-            residual = float((wide(got) - factor * wide(expected)).abs().max())
-            if factor and within(residual, floor * abs(factor)):
+            if factor and within_ratio(pair, factor, floor * abs(factor)):
                 return factor
     return None

@@ -83,7 +83,7 @@ def slices(pieces: list[Tensor], whole: Tensor, dim: int, floor: float) -> list[
     # Sorted against sorted: each slice of the whole is used once, and the values then decide whether that is right.
     matched = torch.empty(size, dtype=torch.long)
     matched[held[:, 0].argsort(stable=True)] = marks[:, 0].argsort(stable=True)
-    joint = torch.cat([wide(piece) for piece in pieces], dim)
+    joint = torch.cat(pieces, dim)
     error = furthest(joint, whole.index_select(dim, matched))
     if error > floor and size <= NEAREST_SIZE:
         # In low precision rounding swaps neighbours in that order; the nearest in all projections is the right one.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardproof.compare.stream import EXACT, Differences, chunks, same_words
+from shardproof.compare.stream import wide as wide
 from shardproof.compare.verdict import Sample, Verdict
 from shardproof.parallel.piece import Piece
 
@@ -51,11 +53,6 @@ class Pair:
         return tuple(start + at for start, at in zip(offset, local, strict=True))
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """In float64, so that a comparison adds no rounding of its own."""
-    return tensor.to(torch.float64)
-
-
 def distance(got: Tensor, want: Tensor) -> Tensor:
     """|got - want| per element in float64; 0 where both are the same infinity, NaN wherever one is NaN."""
     far = (wide(got) - wide(want)).abs()
@@ -66,12 +63,32 @@ def distance(got: Tensor, want: Tensor) -> Tensor:
 
 
 def furthest(got: Tensor, want: Tensor) -> float:
-    """The largest element of `distance(got, want)`, in half the time where all numbers are finite."""
-    if got.numel() and got.is_floating_point() and want.is_floating_point():
-        far = float((wide(got) - wide(want)).abs().max())
-        if math.isfinite(far):
-            return far
-    return largest(distance(got, want))
+    """The largest element of `distance(got, want)`, in one pass that holds a few chunks."""
+    got, want = _alike(got, want)
+    differences = Differences(got, want)
+    far = seen = 0.0
+    for _, (one, other) in chunks(got, want):
+        if same_words(one, other):
+            continue
+        rounded = differences.rounded(one, other) if differences.possible else math.nan
+        if rounded < seen:
+            continue
+        if math.isfinite(rounded):
+            seen, here = rounded, differences.exact(one, other, rounded)
+        else:
+            here = largest(distance(one, other))
+        if math.isnan(here):
+            return here
+        far = max(far, here)
+    return far
+
+
+def _alike(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of one shape, as an operator would take them."""
+    if got.shape == want.shape:
+        return got, want
+    got, want = torch.broadcast_tensors(got, want)  # type: ignore[no-untyped-call]
+    return got, want
 
 
 def largest(distances: Tensor) -> float:
@@ -83,16 +100,26 @@ def scale(tensor: Tensor) -> float:
     """max|x| over the finite elements; 0 for none."""
     if not tensor.numel():
         return 0.0
-    values = wide(tensor).abs()
-    most = float(values.max())
-    if math.isfinite(most):
-        return most
-    return float(torch.where(values.isfinite(), values, 0.0).max())
+    if not tensor.is_floating_point() or tensor.dtype in EXACT:
+        least, most = torch.aminmax(tensor)
+        size = max(abs(float(least)), abs(float(most)))
+        if math.isfinite(size):
+            return size
+    size = 0.0
+    for _, (piece,) in chunks(tensor):
+        values = wide(piece).abs()
+        size = max(size, float(torch.where(values.isfinite(), values, 0.0).max()))
+    return size
 
 
-def ulp(tensor: Tensor) -> float:
-    """One unit in the last place of the tensor's largest element: less than that, no floor can be."""
-    return scale(tensor) * torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
+def ulp(tensor: Tensor, size: float | None = None) -> float:
+    """One unit in the last place of the tensor's largest element: less than that, no floor can be.
+
+    `size` is that element, where it is known.
+    """
+    if not tensor.is_floating_point():
+        return 0.0
+    return (scale(tensor) if size is None else size) * torch.finfo(tensor.dtype).eps
 
 
 def within(error: float, floor: float) -> bool:
@@ -159,29 +186,67 @@ def judge(pairs: Iterable[Pair], floor: float) -> Outcome:
 
 def constant_ratio(pairs: list[Pair], floor: float) -> float | None:
     """got / want where it is one and the same number everywhere, not 1 and not 0; else None."""
-    got = torch.cat([wide(pair.got).reshape(-1) for pair in pairs])
-    want = torch.cat([wide(pair.want).reshape(-1) for pair in pairs])
-    square = float(want @ want)
-    if not square > 0 or not bool(got.isfinite().all()):
+    together, square = products(pairs)
+    if not square > 0 or not math.isfinite(together) or not math.isfinite(square):
         return None
-    ratio = float(got @ want) / square
-    residual = largest((got - ratio * want).abs())
-    if not within(residual, floor * max(1.0, abs(ratio))) or within(abs(ratio - 1) * largest(want.abs()), floor):
+    ratio = together / square
+    size = max(scale(pair.want) for pair in pairs)
+    if within(abs(ratio - 1) * size, floor) or within(abs(ratio) * size, floor):
         return None
-    return None if within(abs(ratio) * largest(want.abs()), floor) else ratio
+    limit = floor * max(1.0, abs(ratio))
+    return ratio if all(within_ratio(pair, ratio, limit) for pair in pairs) else None
+
+
+def products(pairs: Iterable[Pair]) -> tuple[float, float]:
+    """Sums of got * want and of want * want over all pairs, in float64.
+
+    The first is not finite where got holds anything that is not: infinity times zero is NaN.
+    """
+    together = square = 0.0
+    for pair in pairs:
+        for _, (got, want) in chunks(*_alike(pair.got, pair.want)):
+            one, other = wide(got), wide(want)
+            together += float(one @ other)
+            square += float(other @ other)
+    return together, square
+
+
+def within_ratio(pair: Pair, ratio: float, floor: float) -> bool:
+    """Whether got is `ratio` times want up to rounding. Stops at the first chunk where it is not."""
+    return all(
+        within(float((wide(got) - ratio * wide(want)).abs().max()), floor)
+        for _, (got, want) in chunks(*_alike(pair.got, pair.want))
+    )
 
 
 def worst(pairs: list[Pair], shown: int = SHOWN) -> list[Sample]:
     """The elements that differ most: from each wrong rank in turn, the largest difference first."""
     per_rank: dict[int, list[Sample]] = {}
     for pair in pairs:
-        far = distance(pair.got, pair.want)
-        if not far.numel() or pair.rank in per_rank:
-            continue
-        order = torch.nan_to_num(far.reshape(-1), nan=float("inf")).topk(min(shown, far.numel())).indices.tolist()
-        per_rank[pair.rank] = [_sample(pair, flat) for flat in order if float(far.reshape(-1)[flat]) != 0]
+        if pair.got.numel() and pair.rank not in per_rank:
+            per_rank[pair.rank] = [_sample(pair, flat) for far, flat in _farthest(pair, shown) if far != 0]
     rows = [row for turn in range(shown) for rows in per_rank.values() for row in rows[turn : turn + 1]]
     return rows[:shown]
+
+
+def _farthest(pair: Pair, shown: int) -> list[tuple[float, int]]:
+    """(difference, flat index) of the elements that differ most; NaN counts as infinite."""
+    got, want = _alike(pair.got, pair.want)
+    differences = Differences(got, want)
+    found: list[tuple[float, int]] = []
+    for start, (one, other) in chunks(got, want):
+        if len(found) == shown and differences.possible:
+            # A chunk of which nothing is further than the least of those found has nothing to add.
+            rounded, least = differences.rounded(one, other), found[-1][0]
+            if rounded < differences.rounding(least):
+                continue
+            if math.isfinite(rounded) and differences.exact(one, other, rounded) <= least:
+                continue
+        far = torch.nan_to_num(distance(one, other), nan=float("inf"))
+        most = far.topk(min(shown, far.numel()))
+        here = zip(most.values.tolist(), most.indices.tolist(), strict=True)
+        found = sorted([*found, *((value, start + at) for value, at in here)], key=lambda one: -one[0])[:shown]
+    return found
 
 
 def _sample(pair: Pair, flat: int) -> Sample:
@@ -194,6 +259,6 @@ def _sample(pair: Pair, flat: int) -> Sample:
     return Sample(
         rank=pair.rank,
         index=pair.index(index),
-        got=float(wide(pair.got.reshape(pair.want.shape))[index]),
-        want=float(wide(pair.want)[index]),
+        got=float(wide(pair.got.reshape(pair.want.shape)[index])),
+        want=float(wide(pair.want[index])),
     )

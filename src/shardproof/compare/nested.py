@@ -45,6 +45,9 @@ def put(whole: Tensor, piece: Piece, tensor: Tensor) -> None:
     if piece.stretch is None:
         box.copy_(tensor)
         return
+    if box.is_contiguous():
+        box.view(-1)[piece.stretch[0] : piece.stretch[1]] = tensor.reshape(-1)
+        return
     flat = box.reshape(-1).clone()
     flat[piece.stretch[0] : piece.stretch[1]] = tensor.reshape(-1)
     box.copy_(flat.reshape(box.shape))

@@ -39,11 +39,12 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     if want is None:
         return _nothing_expected(base, held, shape)
     # Copies of the same initial values owe the same bits.
-    floor = 0.0 if stage == "initial-state" else max(reference.floor(key), ulp(want))
+    size = scale(want)
+    floor = 0.0 if stage == "initial-state" else max(reference.floor(key), ulp(want, size))
     base = replace(base, shape=tuple(want.shape), floor=floor)
     inner = inner_pieces(held, tuple(want.shape), observed)
     if inner is not None:
-        return _judged(base, _judge_nested(held, inner, want, floor, observed), want, observed)
+        return _judged(base, _judge_nested(held, inner, want, floor, observed), want, size, observed)
     misfit = {tuple(r.piece.whole) for _, r, _ in held if r.piece is not None} - {tuple(want.shape)}
     if misfit:
         return replace(
@@ -58,7 +59,7 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
         return replace(
             base,
             verdict=Verdict.DIFFERENT,
-            error=scale(want),
+            error=size,
             reason="no gradient where the reference has one" if stage != "checkpoint" else "lost between two steps",
             ranks=tuple(absent),
         )
@@ -66,10 +67,13 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     gap = _gap([record.piece for _, record, _ in held], want.numel())
     if gap:
         return replace(base, reason=gap)
-    return _judged(base, _judge(present, want, floor, observed), want, observed)
+    return _judged(base, _judge(present, want, floor, observed), want, size, observed)
 
 
-def _judged(base: Comparison, judged: tuple[Outcome, str, str], want: Tensor, observed: Observed) -> Comparison:
+def _judged(
+    base: Comparison, judged: tuple[Outcome, str, str], want: Tensor, size: float, observed: Observed
+) -> Comparison:
+    """`size` is the largest element of `want`."""
     outcome, layout, reason = judged
     result = replace(
         base,
@@ -84,9 +88,9 @@ def _judged(base: Comparison, judged: tuple[Outcome, str, str], want: Tensor, ob
     if result.verdict is Verdict.DIFFERENT and _counts_passes(want, result, observed):
         reason = f"counts forward passes, of which this run makes {observed.microbatches} a step"
         return replace(result, verdict=Verdict.NOT_CHECKED, reason=reason)
-    if result.verdict is Verdict.DIFFERENT and drowned(result.error, result.floor, scale(want)):
+    if result.verdict is Verdict.DIFFERENT and drowned(result.error, result.floor, size):
         return replace(result, verdict=Verdict.NOT_CHECKED, reason=DROWNED)
-    if result.verdict is not Verdict.DIFFERENT and base.stage in ZERO_HIDES and not scale(want) > 0:
+    if result.verdict is not Verdict.DIFFERENT and base.stage in ZERO_HIDES and not size > 0:
         return replace(result, verdict=Verdict.NOT_CHECKED, reason="all zero in the reference: a wrong scale is hidden")
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from shardproof.compare import activations, batches, losses, parameters
@@ -14,19 +15,26 @@ RANDOM = "depends on random numbers, which each data rank draws for its own part
 
 
 def compare_run(
-    observed: Observed, reference: Reference, *, exact: bool = False, share: tuple[int, int] = (0, 1)
+    observed: Observed,
+    reference: Reference,
+    *,
+    exact: bool = False,
+    share: tuple[int, int] = (0, 1),
+    told: Callable[[Comparison], None] = lambda _comparison: None,
 ) -> list[Comparison]:
     """One Comparison per tensor, in causal order: nothing that was recorded is left out.
 
     `exact` says that rounding is far below any bug (float64), so that what follows from an output tells of it.
     `share` is (number, of how many): the steps are dealt out in turn, and what comes before the first is the first's.
+    `told` hears of each tensor before the floor of the next is asked for (`estimated.Estimate.saw`).
     """
     number, count = share
     # Initial values tell where parameters lie, so that all shares look at them.
     keys = [key for key in causal_order(reference.trace, observed.ranks) if key[0] < 0 or key[0] % count == number]
     backward = [key for key in keys if key[1] == "backward"]
-    factors = activations.backward_factors(backward, observed, reference)
-    found = []
+    factors: dict[tuple[int, int], float] = {}
+    understood = -1
+    found: list[Comparison] = []
     for key in keys:
         stage = key[1]
         if stage == "batch":
@@ -36,9 +44,14 @@ def compare_run(
         elif stage == "forward":
             found.append(activations.compare(key, observed, reference))
         elif stage == "backward":
+            if key[0] != understood:
+                understood = key[0]
+                own = [other for other in backward if other[0] == understood]
+                factors |= activations.backward_factors(own, observed, reference)
             found.append(activations.compare(key, observed, reference, factors))
         else:
             found.append(parameters.compare(key, observed, reference))
+        told(found[-1])
     found = [c for c in found if c.step >= 0 or number == 0]
     found = _only_where_gradients_differ(_with_draws(_without_random(found, observed, reference), observed))
     return _only_where_something_follows(_only_of_owners(found, observed)) if exact else found
