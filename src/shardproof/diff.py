@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from shardproof.align.describe import described, without_partner
+from shardproof.align.describe import described, dtypes, without_partner
+from shardproof.align.kept import coarsest, compare_kept, sketched_keys
 from shardproof.align.names import Rule
 from shardproof.align.pair import Pair, pair
 from shardproof.align.side import Side
 from shardproof.align.traces import Key, Only
 from shardproof.align.whole import Whole, whole
+from shardproof.compare.estimated import Estimate
+from shardproof.compare.floor import measured
 from shardproof.compare.run import compare_run
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Observed, Reference
@@ -24,9 +27,11 @@ from shardproof.diagnose.at_once import at_once
 from shardproof.diagnose.case import Case, Facts
 from shardproof.diagnose.explain import explain, first_divergence, needs_numbers
 from shardproof.diagnose.finding import Finding
+from shardproof.diagnose.kept import families
 from shardproof.errors import StrategyError
 from shardproof.report.data import Report, Run
 from shardproof.spec.parallelism import AXES, Parallelism
+from shardproof.spec.stages import STAGES
 from shardproof.spec.strategies import parse
 from shardproof.trace.folder.reader import Recording, open_recording
 from shardproof.trace.trace import Trace
@@ -64,14 +69,13 @@ def diff(
     started = time.perf_counter()
     rules = [Rule.parse(text) for text in map]
     first, second = open_recording(Path(a)), open_recording(Path(b))
-    drawn = [open_recording(Path(path)) for path in noise]
     layouts = _declared(layout_a, first), _declared(layout_b, second)
     found = pair(first, second, rules=rules, layouts=layouts)
+    drawn = [pair(open_recording(Path(path)), second, rules=rules, layouts=layouts) for path in noise]
     reference = whole(found.want, found.got, found.orders)
-    floors = _floors(found, reference, drawn)
-    known: Known = {}
-    comparisons = _compared(found, reference, floors, known)
-    findings = _findings(found, reference, comparisons, floors, known)
+    compared = Compared.of(found, reference, drawn)
+    findings = compared.findings()
+    comparisons = compared.comparisons
     shown = [_of_ranks(c, found.got) for c in comparisons]
     time_s = time.perf_counter() - started
     run = Run(
@@ -87,23 +91,13 @@ def diff(
         runs=(run,),
         ranks=second.world_size,
         steps=len(found.steps),
-        dtype=_dtypes(reference, found),
+        dtype=dtypes(found.want, found.got),
         device=_device(second),
         reference=str(a),
         recorded=True,
         estimated=not drawn,
         time_s=time_s,
     )
-
-
-def _floors(found: Pair, reference: Whole, drawn: Sequence[Recording]) -> Floors:
-    found_ = {}
-    for number, record in enumerate(reference.records):
-        if not record.missing and not record.unknown:
-            tensor = reference.tensor(number)
-            if tensor.is_floating_point() and tensor.numel():
-                found_[number] = 1e-12 * float(tensor.abs().max()) + 1e-15
-    return found_
 
 
 def _notes(found: Pair, compared: Sequence[Comparison], first: Recording, second: Recording) -> Iterator[str]:
@@ -117,10 +111,6 @@ def _notes(found: Pair, compared: Sequence[Comparison], first: Recording, second
         yield "names would meet with " + " ".join(f"--map '{rule}'" for rule in found.suggested)
 
 
-def _dtypes(reference: Whole, found: Pair) -> str:
-    return "float32"
-
-
 def _device(recording: Recording) -> str:
     device = next((trace.header.get("device") for trace in recording.ranks.values()), None)
     return device if isinstance(device, str) else "cpu"
@@ -130,37 +120,89 @@ def _declared(layout: str | Parallelism | None, recording: Recording) -> Paralle
     return None if layout is None else parse(layout, recording.world_size)
 
 
-def _compared(found: Pair, reference: Whole, floors: Floors, known: Known) -> list[Comparison]:
-    """Step by step, as the number of micro-batches may change from one to the next."""
-    comparisons: list[Comparison] = []
-    every = _keys(found, reference)
-    for step in sorted({key[0] for key in every}):
-        keys = {key for key in every if key[0] == step}
-        held = Reference(trace=Only(reference, keys), floors=floors)
-        compared = compare_run(_observed(found, keys, step, known), held)
-        comparisons += [_read_alike(c, found) for c in _harmless(compared)]
-    return comparisons
+@dataclass(kw_only=True)
+class Compared:
+    """Every tensor of two recordings held against each other, and what it takes to ask why."""
 
+    found: Pair
+    reference: Trace
+    floors: Floors
+    valued: frozenset[Key]
+    """Keys of which both sides kept values."""
+    known: Known = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
 
-def _findings(
-    found: Pair, reference: Whole, comparisons: Sequence[Comparison], floors: Floors, known: Known
-) -> list[Finding]:
-    first = first_divergence(comparisons)
-    step = found.steps[0] if first is None and found.steps else 0 if first is None else first.step
-    facts = _facts(found, step)
-    finding = at_once(comparisons, facts)
-    if first is not None and needs_numbers(comparisons, facts):
-        keys = _keys(found, reference)
-        finding = explain(
-            Case(
-                comparisons=comparisons,
-                first=first,
-                facts=facts,
-                observed=_observed(found, keys, step, known),
-                reference=Reference(trace=Only(reference, keys), floors=floors),
+    @classmethod
+    def of(cls, found: Pair, reference: Whole, drawn: Sequence[Pair]) -> Compared:
+        """`drawn` are the disturbed runs of the trusted side, each paired with `found.got`."""
+        rough = sketched_keys((found.want, found.got))
+        valued = frozenset(_keys(found, reference) - rough)
+        held = Only(reference, valued)
+        if drawn:
+            made = cls(
+                found=found,
+                reference=held,
+                floors=measured(held, [whole(one.want, one.got, one.orders) for one in drawn]),
+                valued=valued,
             )
+            made._by_value(lambda _comparison: None)
+        else:
+            estimate = Estimate(held, eps=coarsest(found.got))
+            made = cls(found=found, reference=held, floors=estimate, valued=valued)
+            made._by_value(estimate.saw)
+        made._by_sketch(rough)
+        return made
+
+    def _by_value(self, told: Callable[[Comparison], None]) -> None:
+        """Step by step, as the number of micro-batches may change from one to the next."""
+        for step in sorted({key[0] for key in self.valued}):
+            keys = {key for key in self.valued if key[0] == step}
+            reference = Reference(trace=Only(self.reference, keys), floors=self.floors)
+            compared = compare_run(self._observed(keys, step), reference, told=told)
+            self.comparisons += [_read_alike(c, self.found) for c in _harmless(compared)]
+
+    def _by_sketch(self, keys: Collection[Key]) -> None:
+        """What at least one side kept no values of."""
+        if not keys:
+            return
+        compared = compare_kept(self.found.want, self.found.got, keys, coarsest(self.found.want, self.found.got))
+        by_step: dict[int, list[Comparison]] = {}
+        for comparison in (*self.comparisons, *compared):
+            by_step.setdefault(comparison.step, []).append(comparison)
+        self.comparisons = [
+            _read_alike(c, self.found)
+            for step in sorted(by_step)
+            for c in _harmless(sorted(by_step[step], key=lambda c: STAGES.index(c.stage)))
+        ]
+
+    def findings(self) -> list[Finding]:
+        """The first divergence, explained; none where the two agree."""
+        found, comparisons = self.found, self.comparisons
+        first = first_divergence(comparisons)
+        step = first.step if first is not None else next(iter(found.steps), 0)
+        facts = _facts(found, step)
+        finding = at_once(comparisons, facts)
+        if first is None or not needs_numbers(comparisons, facts):
+            return [] if finding is None else [finding]
+        case = Case(
+            comparisons=comparisons,
+            first=first,
+            facts=facts,
+            observed=self._observed(self.valued, step),
+            reference=Reference(trace=self.reference, floors=self.floors),
         )
-    return [] if finding is None else [finding]
+        valued = first.key in self.valued
+        return [explain(case) if valued else explain(case, families(found.want, found.got))]
+
+    def _observed(self, keys: Collection[Key], step: int) -> Observed:
+        got = self.found.got
+        return Observed(
+            ranks=[Only(trace, keys) for trace in got.traces],
+            parallelism=got.layout.parallelism,
+            microbatches=got.microbatches(step),
+            samples=got.samples,
+            found=self.known,
+        )
 
 
 def _facts(found: Pair, step: int) -> Facts:
@@ -194,17 +236,6 @@ def _not_applied(found: Pair) -> Finding | None:
         for trace in found.got.traces
     ]
     return check_applied(pieces, {}, meant) if all(pieces) else None
-
-
-def _observed(found: Pair, keys: Collection[Key], step: int, known: Known) -> Observed:
-    got = found.got
-    return Observed(
-        ranks=[Only(trace, keys) for trace in got.traces],
-        parallelism=got.layout.parallelism,
-        microbatches=got.microbatches(step),
-        samples=got.samples,
-        found=known,
-    )
 
 
 def _keys(found: Pair, reference: Whole) -> set[Key]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from shardproof.align.shapes import SHAPED
 from shardproof.align.side import Side
 from shardproof.align.told import Told
+from shardproof.align.traces import Aligned
 from shardproof.compare.split import sharded_over
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.spec.parallelism import AXES
@@ -60,3 +62,19 @@ def without_partner(comparisons: Sequence[Comparison], want: str, got: str) -> I
         if names:
             listed = ", ".join(list(names)[:NAMED]) + (", ..." if len(names) > NAMED else "")
             yield f"{len(names)} names of {owner} have no partner in {other}: {listed}"
+
+
+def dtypes(want: Side, got: Side) -> str:
+    """`float32`, or `float64 against float32`: what the parameters of the two were kept in."""
+    said = [_dtype(side) for side in (got, want)]
+    return said[0] if said[0] == said[1] else " against ".join(said)
+
+
+def _dtype(side: Side) -> str:
+    for trace in side.traces:
+        if isinstance(trace, Aligned):
+            for number, record in enumerate(trace.records):
+                dtype = trace.trace.dtype(number)
+                if record.stage in SHAPED and not record.part and dtype is not None and dtype.is_floating_point:
+                    return str(dtype).removeprefix("torch.")
+    return "unknown dtype"

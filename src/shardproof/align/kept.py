@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
 
 import torch
 
 from shardproof.align.side import Side
 from shardproof.align.traces import Aligned, Key
 from shardproof.compare import sketched
+from shardproof.compare.norms import Norms
+from shardproof.compare.verdict import Comparison
 from shardproof.compare.wholes import Shown, read
+from shardproof.spec.stages import STAGES
 from shardproof.trace.record import Record
 from shardproof.trace.sketch import norm, sketch
 from shardproof.trace.stats import stats_of
@@ -78,6 +82,52 @@ def _samples(side: Side, place: int, record: Record, microbatch: int, shape: tup
         return None
     samples = parts[place][microbatch]
     return samples if samples and shape and shape[0] == len(samples) else None
+
+
+def compare_kept(want: Side, got: Side, keys: Collection[Key], eps: float) -> list[Comparison]:
+    """One Comparison for each of `keys`, in causal order; `eps` is that of the coarsest dtype of both runs.
+
+    Sketches, statistics, and values of one side alone: errors and floors are 2-norms of whole tensors.
+    """
+    floors, found = Norms(eps=eps), []
+    order = {key: place for place, key in enumerate(dict.fromkeys(k for t in want.traces for k in t.by_key))}
+    ordered = sorted(keys, key=lambda key: (key[0], STAGES.index(key[1]), order.get(key, len(order))))
+    for _, group in groupby(ordered, key=lambda key: key[0]):
+        sides = {key: (kept(want, key), kept(got, key)) for key in group}
+        for key, (trusted, _) in sides.items():
+            floors.know(key, norm_of(trusted))
+        for key, (trusted, seen) in sides.items():
+            if key[1] == "batch":
+                # What was read is compared by the digests of its samples.
+                continue
+            floor = floors.floor(key)
+            comparison = sketched.compare(key, trusted, seen, floor=floor)
+            if key[1] == "backward" and comparison.ratio is not None:
+                # Gradients of outputs may carry any one factor; a parameter's gradient says whether it is right.
+                comparison = sketched.compare(key, trusted, seen, floor=floor, factor=comparison.ratio)
+            floors.saw(comparison)
+            found.append(comparison)
+    return found
+
+
+def coarsest(*sides: Side) -> float:
+    """One unit in the last place of 1 in the coarsest dtype that a module of these runs computed in."""
+    dtypes = {dtype for side in sides for dtype in _dtypes(side)}
+    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+
+
+def _dtypes(side: Side) -> set[torch.dtype]:
+    found: dict[str, set[torch.dtype]] = {}
+    for trace in side.traces:
+        if not isinstance(trace, Aligned):
+            continue
+        for number, record in enumerate(trace.records):
+            dtype = None if record.missing else trace.trace.dtype(number)
+            if dtype is not None and dtype.is_floating_point:
+                found.setdefault(record.stage, set()).add(dtype)
+        # Every rank runs the same modules.
+        break
+    return next((found[stage] for stage in ("forward", "gradient", "update") if stage in found), set())
 
 
 def norm_of(side: sketched.Side) -> float:

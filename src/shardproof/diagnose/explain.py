@@ -123,10 +123,10 @@ def needs_numbers(comparisons: Sequence[Comparison], facts: Facts) -> bool:
     return known is None or _order(known.step, known.stage) > _order(first.step, first.stage)
 
 
-def explain(case: Case) -> Finding:
-    """The finding for the first divergence of a case."""
+def explain(case: Case, families: Mapping[str, tuple[Family, ...]] = FAMILIES) -> Finding:
+    """The finding for the first divergence of a case; `families` are asked by its stage."""
     first = case.first
-    made = next((d for family in FAMILIES.get(first.stage, ()) if (d := _asked(family, case)) is not None), None)
+    made = next((d for family in families.get(first.stage, ()) if (d := _asked(family, case)) is not None), None)
     diagnosis = made or Diagnosis(
         cause=STAGE_CAUSES.get(first.stage, "unexplained"),
         axis=replicas_differ(case) if first.stage in STAGE_CAUSES else None,
