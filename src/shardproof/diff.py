@@ -16,7 +16,7 @@ from shardproof.align.names import Rule
 from shardproof.align.pair import Pair, pair
 from shardproof.align.side import Side
 from shardproof.align.traces import Key, Only
-from shardproof.align.whole import Whole, whole
+from shardproof.align.whole import whole
 from shardproof.compare.estimated import Estimate
 from shardproof.compare.floor import measured
 from shardproof.compare.run import compare_run
@@ -72,8 +72,7 @@ def diff(
     layouts = _declared(layout_a, first), _declared(layout_b, second)
     found = pair(first, second, rules=rules, layouts=layouts)
     drawn = [pair(open_recording(Path(path)), second, rules=rules, layouts=layouts) for path in noise]
-    reference = whole(found.want, found.got, found.orders)
-    compared = Compared.of(found, reference, drawn)
+    compared = Compared.of(found, drawn)
     findings = compared.findings()
     comparisons = compared.comparisons
     shown = [_of_ranks(c, found.got) for c in comparisons]
@@ -133,16 +132,16 @@ class Compared:
     comparisons: list[Comparison] = field(default_factory=list)
 
     @classmethod
-    def of(cls, found: Pair, reference: Whole, drawn: Sequence[Pair]) -> Compared:
+    def of(cls, found: Pair, drawn: Sequence[Pair]) -> Compared:
         """`drawn` are the disturbed runs of the trusted side, each paired with `found.got`."""
         rough = sketched_keys((found.want, found.got))
-        valued = frozenset(_keys(found, reference) - rough)
-        held = Only(reference, valued)
+        held = whole(found.want, found.got, found.orders, rough)
+        valued = frozenset({key for trace in (held, *found.got.traces) for key in trace.by_key} - rough)
         if drawn:
             made = cls(
                 found=found,
                 reference=held,
-                floors=measured(held, [whole(one.want, one.got, one.orders) for one in drawn]),
+                floors=measured(held, [whole(one.want, one.got, one.orders, rough) for one in drawn]),
                 valued=valued,
             )
             made._by_value(lambda _comparison: None)
@@ -236,11 +235,6 @@ def _not_applied(found: Pair) -> Finding | None:
         for trace in found.got.traces
     ]
     return check_applied(pieces, {}, meant) if all(pieces) else None
-
-
-def _keys(found: Pair, reference: Whole) -> set[Key]:
-    traces: Sequence[Trace] = (reference, *found.got.traces)
-    return {key for trace in traces for key in trace.by_key}
 
 
 def _harmless(compared: Sequence[Comparison]) -> list[Comparison]:

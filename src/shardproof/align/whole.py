@@ -5,7 +5,7 @@ Nothing is read before it is asked for, and one tensor at a time: a recording ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
@@ -62,15 +62,19 @@ class Shown:
     numbers: tuple[int, ...]
 
 
-def whole(side: Side, other: Side, orders: Mapping[int, Sequence[int]]) -> Whole:
+def whole(
+    side: Side, other: Side, orders: Mapping[int, Sequence[int]], without: Collection[Key] = frozenset()
+) -> Whole:
     """`side` as one device, its samples in the order in which `other` read them.
 
     `orders` maps a step to the place, in this side's order, of each sample in the other's; steps that are left out are
-    in the same order.
+    in the same order. Of the keys in `without` nothing is put together: there are no values of them.
     """
     shown: dict[Key, dict[int, list[int]]] = {}
     for place, trace in enumerate(side.traces):
         for key, numbers in trace.by_key.items():
+            if key in without:
+                continue
             shown.setdefault(key, {})[place] = numbers if isinstance(numbers, list) else list(numbers)
     entries: list[tuple[Record, Made | None]] = []
     for key, by_place in shown.items():
