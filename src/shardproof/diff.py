@@ -34,6 +34,7 @@ from shardproof.spec.parallelism import AXES, Parallelism
 from shardproof.spec.stages import STAGES
 from shardproof.spec.strategies import parse
 from shardproof.trace.folder.reader import Recording, open_recording
+from shardproof.trace.folder.uncollected import set_aside, uncollected
 from shardproof.trace.trace import Trace
 
 Floors = Mapping[int, float]
@@ -70,10 +71,12 @@ def diff(
     rules = [Rule.parse(text) for text in map]
     first, second = open_recording(Path(a)), open_recording(Path(b))
     layouts = _declared(layout_a, first), _declared(layout_b, second)
-    found = pair(first, second, rules=rules, layouts=layouts)
+    with uncollected():
+        found = pair(first, second, rules=rules, layouts=layouts)
     drawn = [pair(open_recording(Path(path)), second, rules=rules, layouts=layouts) for path in noise]
-    compared = Compared.of(found, drawn)
-    findings = compared.findings()
+    with set_aside():
+        compared = Compared.of(found, drawn)
+        findings = compared.findings()
     comparisons = compared.comparisons
     shown = [_of_ranks(c, found.got) for c in comparisons]
     time_s = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 
@@ -21,6 +22,9 @@ from shardproof.trace.stats import stats_of
 BY_SAMPLE = frozenset({"forward", "backward"})
 """Stages whose sketches may draw their signs from the samples of the batch."""
 
+BY_RELATIVES = frozenset({"gradient", "grad-norm"})
+"""Stages in which the floor of a tensor rests on the norms of others, which are needed first."""
+
 
 def sketched_keys(sides: Sequence[Side]) -> set[Key]:
     """Keys of which some record of either side has no values: a verdict on them rests on sketches or statistics."""
@@ -34,18 +38,27 @@ def sketched_keys(sides: Sequence[Side]) -> set[Key]:
     }
 
 
-def kept(side: Side, key: Key) -> sketched.Side:
-    """What all ranks of a side kept of a key; of values a sketch is made, as the other side has one."""
-    shown = [one for place, trace in enumerate(side.traces) for one in _of_rank(side, place, trace, key)]
+def kept(side: Side, key: Key, *, statistics: bool = True) -> sketched.Side:
+    """What all ranks of a side kept of a key; of values a sketch is made, as the other side has one.
+
+    `statistics`: those beside sound sketches as well, for a side that has nothing else.
+    """
+    shown = [
+        one
+        for place, trace in enumerate(side.traces)
+        for one in _of_rank(side, place, trace, key, statistics=statistics)
+    ]
     return sketched.Side(shown=shown, parallelism=side.layout.parallelism, microbatches=side.microbatches(key[0]))
 
 
-def _of_rank(side: Side, place: int, trace: object, key: Key) -> Iterator[Shown]:
+def _of_rank(side: Side, place: int, trace: object, key: Key, *, statistics: bool) -> Iterator[Shown]:
     if not isinstance(trace, Aligned):
         return
     numbers = trace.by_key.get(key, ())
     calls = max(len(numbers) // side.microbatches(key[0]), 1)
-    for turn, number in enumerate(sorted(numbers, key=lambda n: trace.records[n].call)):
+    if len(numbers) > 1:
+        numbers = sorted(numbers, key=lambda n: trace.records[n].call)
+    for turn, number in enumerate(numbers):
         record, held = trace.records[number], trace.trace
         shape, dtype = held.shape(number), held.dtype(number)
         depth = None if record.missing else held.depth(number)
@@ -64,13 +77,16 @@ def _of_rank(side: Side, place: int, trace: object, key: Key) -> Iterator[Shown]
                 by_sample=samples is not None,
             )
             continue
+        rows = held.sketch(number) if depth == "sketch" else None
+        # Beside a sketch statistics only say where NaN and infinities are.
+        sound = rows is not None and math.isfinite(float(rows.sum()))
         yield Shown(
             rank=place,
             record=record,
             shape=shape,
             dtype=dtype,
-            sketch=held.sketch(number) if depth == "sketch" else None,
-            stats=held.stats(number),
+            sketch=rows,
+            stats=None if sound and not statistics else held.stats(number),
             by_sample=depth == "sketch" and held.keyed(number) == "samples",
         )
 
@@ -92,22 +108,34 @@ def compare_kept(want: Side, got: Side, keys: Collection[Key], eps: float) -> li
     floors, found = Norms(eps=eps), []
     order = {key: place for place, key in enumerate(dict.fromkeys(k for t in want.traces for k in t.by_key))}
     ordered = sorted(keys, key=lambda key: (key[0], STAGES.index(key[1]), order.get(key, len(order))))
-    for _, group in groupby(ordered, key=lambda key: key[0]):
-        sides = {key: (kept(want, key), kept(got, key)) for key in group}
-        for key, (trusted, _) in sides.items():
-            floors.know(key, norm_of(trusted))
-        for key, (trusted, seen) in sides.items():
-            if key[1] == "batch":
-                # What was read is compared by the digests of its samples.
-                continue
+    for (_, stage), group in groupby(ordered, key=lambda key: key[:2]):
+        of_stage = list(group)
+        if stage == "batch":
+            # What was read is compared by the digests of its samples.
+            continue
+        if stage in BY_RELATIVES:
+            for key in of_stage:
+                floors.know(key, norm_of(kept(want, key)))
+        for key in of_stage:
+            trusted, seen = _both(want, got, key)
+            if stage not in BY_RELATIVES:
+                floors.know(key, norm_of(trusted))
             floor = floors.floor(key)
             comparison = sketched.compare(key, trusted, seen, floor=floor)
-            if key[1] == "backward" and comparison.ratio is not None:
+            if stage == "backward" and comparison.ratio is not None:
                 # Gradients of outputs may carry any one factor; a parameter's gradient says whether it is right.
                 comparison = sketched.compare(key, trusted, seen, floor=floor, factor=comparison.ratio)
             floors.saw(comparison)
             found.append(comparison)
     return found
+
+
+def _both(want: Side, got: Side, key: Key) -> tuple[sketched.Side, sketched.Side]:
+    """What both sides kept, with statistics where they do not both have sketches."""
+    trusted, seen = kept(want, key, statistics=False), kept(got, key, statistics=False)
+    if all(one.sketch is not None or one.record.missing for side in (trusted, seen) for one in side.shown):
+        return trusted, seen
+    return kept(want, key), kept(got, key)
 
 
 def coarsest(*sides: Side) -> float:

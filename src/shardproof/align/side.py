@@ -26,13 +26,17 @@ class Side:
     samples: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     """Step -> [data rank][micro-batch] -> samples; empty where nothing was read that could be counted."""
 
+    _microbatches: dict[int, int] = field(default_factory=dict)
+
     def rank(self, place: int) -> int:
         """The rank of the recording that stands at a place of the mesh."""
         return self.layout.order[place]
 
     def microbatches(self, step: int) -> int:
         """Micro-batches of one rank in a step; 1 where nobody counted."""
-        return max((len(parts) for parts in self.reads.get(step, ())), default=1) or 1
+        if step not in self._microbatches:
+            self._microbatches[step] = max((len(parts) for parts in self.reads.get(step, ())), default=1) or 1
+        return self._microbatches[step]
 
     def parts(self, step: int) -> list[tuple[int, int, int]]:
         """(data rank, micro-batch, samples) of each part of a step, in order; one sample each if not counted."""

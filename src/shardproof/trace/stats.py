@@ -55,10 +55,9 @@ class Stats:
     @classmethod
     def from_dict(cls, plain: object) -> Stats:
         """The stats that `to_dict` gave. Raises `ValueError` for anything that no tensor can have."""
-        names = [field.name for field in fields(cls)]
-        if not isinstance(plain, Mapping) or set(plain) != set(names):
-            raise ValueError(f"stats are the fields {', '.join(names)}, not {_short(plain)}")
-        made = {name: _count(name, plain[name]) if name in COUNTS else _real(name, plain[name]) for name in names}
+        if not isinstance(plain, Mapping) or plain.keys() != _NAMES.keys():
+            raise ValueError(f"stats are the fields {', '.join(_NAMES)}, not {_short(plain)}")
+        made = {name: _count(name, plain[name]) if name in COUNTS else _real(name, plain[name]) for name in _NAMES}
         found = cls(**made)  # type: ignore[arg-type]
         problem = found._problem()
         if problem:
@@ -205,6 +204,9 @@ def _of_numbers(count: int, numbers: Tensor) -> Stats:
         square_sum=squares,
         absmax=max(abs(least), abs(most)),
     )
+
+
+_NAMES = dict.fromkeys(field.name for field in fields(Stats))
 
 
 def _count(name: str, value: object) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from shardproof.trace.folder.line import QUICK, Invalid, Kept, Reader, checked, loads, wrong
+from shardproof.trace.folder.uncollected import uncollected
 from shardproof.trace.record import Record
 
 LONGEST_LINE = 2**26
@@ -41,7 +40,7 @@ def read(file: BinaryIO, world_size: int, size_of: Callable[[int], int]) -> Inde
     reader = Reader(world_size, size_of)
     number = 1  # the header
     try:
-        with _no_collection():
+        with uncollected():
             for lines in _blocks(file):
                 for plain in _parsed(lines):
                     _take(plain, index, reader)
@@ -59,18 +58,6 @@ def read(file: BinaryIO, world_size: int, size_of: Callable[[int], int]) -> Inde
     if index.problem:
         index.closed = False
     return index
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python looks for garbage after every few hundred new objects: here there are many, and all of them stay."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class _Torn(Exception):
