@@ -63,7 +63,11 @@ def distance(got: Tensor, want: Tensor) -> Tensor:
 
 
 def furthest(got: Tensor, want: Tensor) -> float:
-    """The largest element of `distance(got, want)`, in one pass that holds a few chunks."""
+    """The largest element of `distance(got, want)`, in one pass that holds a few chunks.
+
+    Of several chunks whose largest differences round to the same number of float32 the first one's is given: it is the
+    largest, or less than a part in 2**23 below it.
+    """
     got, want = _alike(got, want)
     differences = Differences(got, want)
     far = seen = 0.0
@@ -71,7 +75,7 @@ def furthest(got: Tensor, want: Tensor) -> float:
         if same_words(one, other):
             continue
         rounded = differences.rounded(one, other) if differences.possible else math.nan
-        if rounded < seen:
+        if rounded <= seen and far:
             continue
         if math.isfinite(rounded):
             seen, here = rounded, differences.exact(one, other, rounded)
