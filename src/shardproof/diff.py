@@ -19,7 +19,7 @@ from shardproof.align.traces import Key, Only
 from shardproof.align.whole import whole
 from shardproof.compare.estimated import Estimate
 from shardproof.compare.floor import measured
-from shardproof.compare.run import compare_run
+from shardproof.compare.run import RANDOM, compare_run
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Observed, Reference
 from shardproof.diagnose.applied import check_applied
@@ -28,6 +28,7 @@ from shardproof.diagnose.case import Case, Facts
 from shardproof.diagnose.explain import explain, first_divergence, needs_numbers
 from shardproof.diagnose.finding import Finding
 from shardproof.diagnose.kept import families
+from shardproof.diagnose.recorded import contributions
 from shardproof.errors import StrategyError
 from shardproof.report.data import Report, Run
 from shardproof.spec.parallelism import AXES, Parallelism
@@ -36,6 +37,7 @@ from shardproof.spec.strategies import parse
 from shardproof.trace.folder.reader import Recording, open_recording
 from shardproof.trace.folder.uncollected import set_aside, uncollected
 from shardproof.trace.trace import Trace
+from shardproof.train.contributions import Contribution
 
 Floors = Mapping[int, float]
 """Number of a record of the trusted run -> how far rounding alone moves its tensor."""
@@ -131,6 +133,8 @@ class Compared:
     floors: Floors
     valued: frozenset[Key]
     """Keys of which both sides kept values."""
+    alike: bool
+    """Whether both drew the same random numbers, each rank its own."""
     known: Known = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
 
@@ -140,27 +144,35 @@ class Compared:
         rough = sketched_keys((found.want, found.got))
         held = whole(found.want, found.got, found.orders, rough)
         valued = frozenset({key for trace in (held, *found.got.traces) for key in trace.by_key} - rough)
+        alike = _drew_alike(found.want, found.got)
         if drawn:
             made = cls(
                 found=found,
                 reference=held,
                 floors=measured(held, [whole(one.want, one.got, one.orders, rough) for one in drawn]),
                 valued=valued,
+                alike=alike,
             )
             made._by_value(lambda _comparison: None)
         else:
             estimate = Estimate(held, eps=coarsest(found.got))
-            made = cls(found=found, reference=held, floors=estimate, valued=valued)
+            made = cls(found=found, reference=held, floors=estimate, valued=valued, alike=alike)
             made._by_value(estimate.saw)
         made._by_sketch(rough)
         return made
 
     def _by_value(self, told: Callable[[Comparison], None]) -> None:
         """Step by step, as the number of micro-batches may change from one to the next."""
+        random = False
         for step in sorted({key[0] for key in self.valued}):
             keys = {key for key in self.valued if key[0] == step}
             reference = Reference(trace=Only(self.reference, keys), floors=self.floors)
-            compared = compare_run(self._observed(keys, step), reference, told=told)
+            # Loops seed every rank alike, and masks that repeat over data ranks are no wrong training.
+            compared = compare_run(self._observed(keys, step), reference, repeats=True, told=told)
+            if random:
+                # What was drawn differently in one step has changed the weights of all later ones.
+                compared = [_random(c) for c in compared]
+            random = random or any(c.reason == RANDOM for c in compared)
             self.comparisons += [_read_alike(c, self.found) for c in _harmless(compared)]
 
     def _by_sketch(self, keys: Collection[Key]) -> None:
@@ -192,14 +204,20 @@ class Compared:
             facts=facts,
             observed=self._observed(self.valued, step),
             reference=Reference(trace=self.reference, floors=self.floors),
+            contribute=self._contributions,
         )
         valued = first.key in self.valued
         return [explain(case) if valued else explain(case, families(found.want, found.got))]
 
+    def _contributions(self, step: int) -> list[Contribution]:
+        keys = {key for key in self.valued if key[0] == step}
+        reference = Reference(trace=Only(self.reference, keys), floors=self.floors)
+        return contributions(self._observed(keys, step), reference, step)
+
     def _observed(self, keys: Collection[Key], step: int) -> Observed:
         got = self.found.got
         return Observed(
-            ranks=[Only(trace, keys) for trace in got.traces],
+            ranks=[Only(trace, keys, draws=not self.alike) for trace in got.traces],
             parallelism=got.layout.parallelism,
             microbatches=got.microbatches(step),
             samples=got.samples,
@@ -261,6 +279,22 @@ def _read_alike(comparison: Comparison, found: Pair) -> Comparison:
     if comparison.step not in found.unread or comparison.stage == "batch":
         return comparison
     return replace(comparison, verdict=Verdict.NOT_CHECKED, reason=UNREAD)
+
+
+def _random(comparison: Comparison) -> Comparison:
+    if comparison.stage == "batch":
+        return comparison
+    return replace(comparison, verdict=Verdict.NOT_CHECKED, reason=RANDOM)
+
+
+def _drew_alike(want: Side, got: Side) -> bool:
+    """Whether the two sides are laid out alike, and each place drew the same numbers for each output."""
+    if want.layout.parallelism != got.layout.parallelism:
+        return False
+    drawn = [
+        [{(r.key, r.call): r.draws for r in trace.records if r.draws} for trace in side.traces] for side in (want, got)
+    ]
+    return drawn[0] == drawn[1]
 
 
 def _of_ranks(comparison: Comparison, side: Side) -> Comparison:

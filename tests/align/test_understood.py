@@ -35,7 +35,7 @@ def test_ranks_about_which_nothing_is_known_are_data_parallel() -> None:
 
 
 def test_parts_of_plain_parameters_tell_a_tp_axis() -> None:
-    layout = from_groups({}, 4, split=2)
+    layout = from_groups({}, 4, split=[[0, 1], [2, 3]])
     assert layout.parallelism.degrees == (2, 1, 2)
     assert layout.order == (0, 1, 2, 3)
 

@@ -13,6 +13,7 @@ from loops import events
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -167,6 +168,24 @@ class OnRanks:
             cut = {r.name for r in trace.records if r.stage == "gradient" and r.piece.stretch is not None}
             return events(trace, "layout")[-1], sorted(cut)
 
+    def filled_late(self, place: Place, folder: str) -> tuple[dict[str, object], list[str]]:
+        """Sharded without values, which come as new parameters, and before any forward pass: as transformers does."""
+        with place.world("filled", RANKS):
+            with torch.device("meta"):
+                model = fully_shard(Model())
+            for module in model.modules():
+                for name, empty in list(module.named_parameters(recurse=False)):
+                    value = distribute_tensor(torch.ones(empty.shape), empty.device_mesh, empty.placements)
+                    setattr(module, name, nn.Parameter(value))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with sp.record(folder, model, optimizer, steps=[0]):
+                model(torch.ones(1, 6)).sum().backward()
+                optimizer.step()
+            dist.barrier()
+            trace = open_recording(Path(folder)).ranks[place.rank]
+            stages = [record.stage for record in trace.records if record.stage in ("initial-state", "update")]
+            return events(trace, "layout")[0], stages
+
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
@@ -255,3 +274,9 @@ def test_a_wrapper_that_nobody_attached_is_found(ranks: Ranks, tmp_path: Path) -
     assert facts["optimizers"] == ["SGD"]
     assert facts["strangers"] == facts["left_behind"] == []
     assert len(cut) == 10
+
+
+def test_a_model_that_was_sharded_before_it_had_values_is_known_to_its_optimizer(ranks: Ranks, tmp_path: Path) -> None:
+    facts, stages = ranks.call("filled_late", str(tmp_path))[3]
+    assert facts["strangers"] == facts["left_behind"] == []
+    assert stages == ["initial-state"] * 10 + ["update"] * 10

@@ -44,17 +44,24 @@ def sets_of_ranks(ranks: Mapping[int, RankTrace], rename: Callable[[str], str]) 
     return found
 
 
-def split_over(sets: Mapping[str, Sets], world_size: int) -> int:
-    """Over how many neighbouring ranks plain parameters are split; 1 where that is not what the values show.
+def split_over(sets: Mapping[str, Sets], world_size: int) -> Sets:
+    """The groups of ranks over which plain parameters are split; empty where that is not what the values show.
+
+    Ranks that hold the same part of everything differ in their data; one of each such set makes up a group, wherever
+    its ranks lie: 0, 1 and 2, 3 where peers are neighbours, 0, 2 and 1, 3 where they are not. Parts may be held by
+    several peers, as key and value heads are that are fewer than ranks.
 
     Where ranks were built under different seeds every parameter differs, and there is no split to be seen: some must be
     the same everywhere.
     """
     if not any(len(own) == 1 for own in sets.values()):
-        return 1
-    degrees = {len(own) for own in sets.values() if len(own) > 1}
-    for degree in sorted(degrees):
-        peers = tuple(tuple(range(peer, world_size, degree)) for peer in range(degree))
-        if world_size % degree == 0 and all(len(own) == 1 or own == peers for own in sets.values()):
-            return degree
-    return 1
+        return ()
+    finest = max(sets.values(), key=len)
+    degree, copies = len(finest), len(finest[0])
+    if degree == 1 or degree * copies != world_size or any(len(own) != copies for own in finest):
+        return ()
+    if not all(
+        set(part) <= set(own) or not set(part) & set(own) for s in sets.values() for own in s for part in finest
+    ):
+        return ()
+    return tuple(tuple(part[copy] for part in finest) for copy in range(copies))

@@ -26,6 +26,9 @@ def described(side: Side, facts: Mapping[int, Told], steps: Sequence[int]) -> st
     many = {side.microbatches(step) for step in steps}
     if many - {1}:
         said.append(f"{' or '.join(map(str, sorted(many)))} micro-batches a step")
+    skipped = max((len(told.skipped) for told in facts.values()), default=0)
+    if skipped:
+        said.append(f"{skipped} attempt{'s' if skipped > 1 else ''} at a step skipped by a gradient scaler, left out")
     wrappers = sorted({wrapper for told in facts.values() for wrapper in told.wrappers})
     if wrappers:
         said.append(", ".join(wrappers))

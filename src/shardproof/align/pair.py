@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from shardproof.align import samples, shapes, understood
-from shardproof.align.apart import sets_of_ranks, split_over
+from shardproof.align.apart import Sets, sets_of_ranks, split_over
 from shardproof.align.names import Rule, renamed, suggestions, without_prefix
 from shardproof.align.side import Side
 from shardproof.align.told import Told, told
@@ -66,8 +66,8 @@ def pair(
     worlds = first.world_size, second.world_size
     sets = sets_of_ranks(first.ranks, renames[0]), sets_of_ranks(second.ranks, renames[1])
     splits = (
-        max(shapes.split(held[0], held[1], worlds[0]), split_over(sets[0], worlds[0])),
-        max(shapes.split(held[1], held[0], worlds[1]), split_over(sets[1], worlds[1])),
+        _peers(shapes.split(held[0], held[1], worlds[0]), split_over(sets[0], worlds[0]), worlds[0]),
+        _peers(shapes.split(held[1], held[0], worlds[1]), split_over(sets[1], worlds[1]), worlds[1]),
     )
     layout = (
         _layout(first, facts[0], layouts[0], splits[0]),
@@ -114,7 +114,14 @@ def _facts(recording: Recording, rename: Callable[[str], str]) -> dict[int, Told
     return {rank: told(trace.events, rename) for rank, trace in recording.ranks.items()}
 
 
-def _layout(recording: Recording, facts: Mapping[int, Told], given: Parallelism | None, split: int) -> Layout:
+def _peers(split: int, seen: Sets, world_size: int) -> Sets:
+    """The tensor-parallel groups of plain parameters: as their values show them, else neighbours, else none."""
+    if seen and len(seen[0]) >= split:
+        return seen
+    return tuple(tuple(range(first, first + split)) for first in range(0, world_size, split)) if split > 1 else ()
+
+
+def _layout(recording: Recording, facts: Mapping[int, Told], given: Parallelism | None, split: Sets) -> Layout:
     if given is not None:
         return understood.declared(given, recording.world_size, str(recording.path))
     return understood.from_groups({rank: own.axes for rank, own in facts.items()}, recording.world_size, split=split)

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shardproof.align.traces import Aligned
 from shardproof.compare.reads import Misread, data_axis
 from shardproof.spec.parallelism import Parallelism
-from shardproof.trace.record import Record
 from shardproof.trace.trace import Trace
 
 Reads = dict[int, list[list[tuple[str, ...]]]]
@@ -23,7 +23,7 @@ def reads_of(traces: Sequence[Trace]) -> Reads:
     found: Reads = {}
     for place, trace in enumerate(traces):
         for record in trace.records:
-            if record.stage == "batch":
+            if record.stage == "batch" and not record.unknown:
                 ranks = found.setdefault(record.step, [[] for _ in traces])
                 _at(ranks[place], record.call, record.samples)
     return found
@@ -36,14 +36,16 @@ def by_content(first: Sequence[Trace], second: Sequence[Trace]) -> tuple[Reads, 
     feeds it another dtype. Values are held against each other in the lower precision of the two.
     """
     one, two = _inputs(first), _inputs(second)
-    best: tuple[int, str, str, torch.dtype] | None = None
+    best: tuple[tuple[int, int], str, str, torch.dtype] | None = None
     for left, (dtype, tensors) in one.items():
         for right, (other, theirs) in two.items():
             common = _common(dtype, other)
             if common is None:
                 continue
-            shared = (_counted(tensors, common) & _counted(theirs, common)).total()
-            if shared and (best is None or shared > best[0]):
+            both = _counted(tensors, common) & _counted(theirs, common)
+            # Of a mask most samples have the same values: what tells them apart is what they differ in.
+            shared = len(both), both.total()
+            if both and (best is None or shared > best[0]):
                 best = (shared, left, right, common)
     if best is None:
         return None
@@ -117,7 +119,7 @@ def _inputs(traces: Sequence[Trace]) -> dict[str, tuple[torch.dtype, list[Tensor
     first = min((record.step for trace in traces for record in trace.records if record.stage == "batch"), default=0)
     for trace in traces:
         for number, record in enumerate(trace.records):
-            if record.stage == "batch" and record.step == first and not record.missing:
+            if _is_input(trace, number) and record.step == first:
                 tensor = trace.tensor(number)
                 if tensor.dim():
                     found.setdefault(record.part, (tensor.dtype, []))[1].append(tensor)
@@ -147,14 +149,18 @@ def _digested(traces: Sequence[Trace], part: str, dtype: torch.dtype) -> Reads:
     found: Reads = {}
     for place, trace in enumerate(traces):
         for number, record in enumerate(trace.records):
-            if _is_input(record, part):
+            if record.part == part and _is_input(trace, number):
                 ranks = found.setdefault(record.step, [[] for _ in traces])
                 _at(ranks[place], record.call, _rows(trace.tensor(number), dtype))
     return found
 
 
-def _is_input(record: Record, part: str) -> bool:
-    return record.stage == "batch" and record.part == part and not record.missing
+def _is_input(trace: Trace, number: int) -> bool:
+    """Whether record `number` is an input whose values were kept."""
+    record = trace.records[number]
+    if record.stage != "batch" or record.missing:
+        return False
+    return not isinstance(trace, Aligned) or trace.trace.depth(number) == "full"
 
 
 def shares_samples(first: Reads, second: Reads) -> bool:

@@ -25,6 +25,8 @@ class Told:
     """Mesh axis -> the ranks of this rank's group."""
     declared: str = ""
     """The strategy that the run meant to use, where somebody said so."""
+    skipped: tuple[int, ...] = ()
+    """Steps that a gradient scaler skipped, once for each time that it did; they were tried again."""
     disturbed: bool = False
     """Whether the run was disturbed on purpose, to measure a noise floor."""
 
@@ -35,6 +37,7 @@ def told(events: Sequence[Mapping[str, Any]], rename: Callable[[str], str] = str
     for event in events:
         if event.get("event") == "layout":
             facts.update(event)
+    skipped = [event.get("step") for event in events if event.get("event") == "skipped"]
     ties = facts.get("ties")
     wrappers = facts.get("wrappers")
     declared = facts.get("declared")
@@ -49,6 +52,7 @@ def told(events: Sequence[Mapping[str, Any]], rename: Callable[[str], str] = str
         else {},
         axes=groups_of(facts),
         declared=declared if isinstance(declared, str) else "",
+        skipped=tuple(step for step in skipped if type(step) is int),
         disturbed=bool(facts.get("disturb")),
     )
 

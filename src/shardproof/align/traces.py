@@ -25,7 +25,10 @@ class Aligned:
     ) -> None:
         """`wholes` are the shapes of parameters on one device, by new name."""
         self.trace = trace
-        self.records: Sequence[Record] = [_placed(record, rename(record.name), wholes) for record in trace.records]
+        self.records: Sequence[Record] = [
+            _placed(record, rename(record.name), wholes) if number not in trace.undone else _undone(record)
+            for number, record in enumerate(trace.records)
+        ]
 
     @cached_property
     def by_key(self) -> Mapping[Key, Sequence[int]]:
@@ -44,10 +47,13 @@ class Aligned:
 class Only:
     """Some of a trace's keys: of the others there is nothing to see, and their numbers stay."""
 
-    def __init__(self, trace: Trace, keys: Collection[Key]) -> None:
+    def __init__(self, trace: Trace, keys: Collection[Key], *, draws: bool = True) -> None:
+        """`draws`: whether to tell where random numbers were drawn."""
         self._trace = trace
         self.records: Sequence[Record] = [
-            record if record.key in keys else replace(record, unknown=True, missing=True, draws=0)
+            (record if draws or not record.draws else replace(record, draws=0))
+            if record.key in keys
+            else replace(record, unknown=True, missing=True, draws=0)
             for record in trace.records
         ]
         self.by_key: Mapping[Key, Sequence[int]] = {
@@ -68,6 +74,11 @@ class Nothing:
     def tensor(self, number: int) -> Tensor:
         """Raises LookupError: there is none."""
         raise LookupError(f"a missing rank has no record {number}")
+
+
+def _undone(record: Record) -> Record:
+    """Of an attempt at a step that came to nothing: there, so that numbers stay, and not to be looked at."""
+    return replace(record, unknown=True, missing=True, draws=0, samples=())
 
 
 def _placed(record: Record, name: str, wholes: Mapping[str, tuple[int, ...]]) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -29,47 +30,47 @@ def declared(parallelism: Parallelism, world_size: int, label: str) -> Layout:
     return Layout(parallelism=parallelism, order=tuple(range(parallelism.world_size)), told_by="declared")
 
 
-def from_groups(groups: Mapping[int, Mapping[str, Sequence[int]]], world_size: int, *, split: int = 1) -> Layout:
+def from_groups(
+    groups: Mapping[int, Mapping[str, Sequence[int]]], world_size: int, *, split: Sequence[Sequence[int]] = ()
+) -> Layout:
     """The layout of a run whose ranks wrote which ranks they share each axis with.
 
-    `split` is over how many ranks plain parameters turned out to be split where no rank wrote a `tp` axis. Ranks about
-    which nothing is known are data-parallel: nothing else leaves whole parameters on each of them.
+    `split` are the groups of ranks over which plain parameters turned out to be split, where no rank wrote a `tp` axis.
+    Ranks about which nothing is known are data-parallel: nothing else leaves whole parameters on each of them.
 
     Raises `UsageError` where the groups of the ranks make up no mesh.
     """
     known = {axis: _size(axis, groups) for axis in AXES}
-    if known["tp"] == 1 and split > 1:
-        known["tp"] = split
-        groups = {
-            rank: {**groups.get(rank, {}), "tp": [rank - rank % split + peer for peer in range(split)]}
-            for rank in range(world_size)
-        }
+    if known["tp"] == 1 and split:
+        known["tp"] = len(split[0])
+        groups = {rank: {**groups.get(rank, {}), "tp": peers} for peers in split for rank in peers}
     rest, odd = divmod(world_size, prod(known.values()))
     if odd or rest < 1:
         raise UsageError(_no_mesh(known, world_size))
     told_by = "the process groups that the ranks wrote down"
     if rest > 1:
-        return _completed(known, rest, world_size)
-    parallelism = _parallelism(known)
+        told_by = "ranks about which nothing is known are taken for data-parallel"
+    sizes = {**known, "dp_replicate": known["dp_replicate"] * rest}
     order: dict[int, int] = {}
+    copies: Counter[tuple[int, ...]] = Counter()
     for rank in range(world_size):
         at = {axis: _index(axis, rank, groups) for axis in AXES}
-        place = (at["dp_replicate"] * known["dp_shard"] + at["dp_shard"]) * known["tp"] + at["tp"]
-        if place in order:
-            # Groups of the same sizes that do not cross as a mesh's do: the usual order is as good as any.
-            return Layout(parallelism=parallelism, order=tuple(range(world_size)), told_by=told_by)
-        order[place] = rank
-    return Layout(parallelism=parallelism, order=tuple(order[place] for place in range(world_size)), told_by=told_by)
+        # Ranks that stand in the same place of the groups that are known are copies of each other, in their order.
+        copy = copies[tuple(at.values())]
+        copies[tuple(at.values())] += 1
+        replica = copy * known["dp_replicate"] + at["dp_replicate"]
+        order[(replica * known["dp_shard"] + at["dp_shard"]) * known["tp"] + at["tp"]] = rank
+    # Groups of the same sizes that do not cross as a mesh's do: the usual order is as good as any.
+    usual = sorted(order) != list(range(world_size))
+    return Layout(
+        parallelism=_parallelism(sizes),
+        order=tuple(range(world_size)) if usual else tuple(order[place] for place in range(world_size)),
+        told_by=told_by,
+    )
 
 
 def _parallelism(degrees: Mapping[str, int]) -> Parallelism:
     return Parallelism(dp_replicate=degrees["dp_replicate"], dp_shard=degrees["dp_shard"], tp=degrees["tp"])
-
-
-def _completed(known: dict[str, int], rest: int, world_size: int) -> Layout:
-    known = {**known, "dp_replicate": known["dp_replicate"] * rest}
-    said = "ranks about which nothing is known are taken for data-parallel"
-    return Layout(parallelism=_parallelism(known), order=tuple(range(world_size)), told_by=said)
 
 
 def _size(axis: str, groups: Mapping[int, Mapping[str, Sequence[int]]]) -> int:

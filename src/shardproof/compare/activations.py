@@ -102,11 +102,12 @@ def compare(
     size = max(sizes)
     result = _merged(base, fits, size=size)
     unclear = [fit for fit in fits if not clear(fit.outcome.error, base.floor * fit.unit)]
-    if unclear and not any(fit.of_part for fit in unclear) and _vary(cells):
+    if unclear and not any(fit.of_part for fit in unclear) and ((vary := _vary(cells)) or stage == "backward"):
+        # Gradients that parts of the batch send to one tensor, as to a loss computed inside the model, add up.
         together = _together(cells, wholes, base.floor, factors or {}, observed)
         if together is not None:
             return _merged(base, [together], size=size)
-        if result.verdict is Verdict.DIFFERENT:
+        if vary and result.verdict is Verdict.DIFFERENT:
             return replace(
                 base, reason="a value of its own for each part of the batch, of which the whole has only one"
             )
@@ -430,6 +431,9 @@ def backward_factors(keys: list[Key], observed: Observed, reference: Reference) 
 
 def _factor(cell: Cell, whole: Tensor, floor: float, part: tuple[int, int, int]) -> float | None:
     for expected in parts_of(whole, part):
+        if part[1] < part[2] and expected.shape == whole.shape:
+            # Of a tensor that all samples share a part of the batch gets its share only: no factor of the others.
+            continue
         floor = max(floor, ulp(whole))
         got = cell.tensors[0]
         if got.shape != expected.shape or cell.records[0].piece is not None:

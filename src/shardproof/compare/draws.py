@@ -23,14 +23,19 @@ FEWEST = 4
 """Elements that have to agree before it counts."""
 
 
-def misdrawn(observed: Observed) -> tuple[Key, str, tuple[int, ...]] | None:
-    """(key, what is wrong, ranks) of the first module whose random mask is wrong; None where none is."""
+def misdrawn(observed: Observed, *, repeats: bool = False) -> tuple[Key, str, tuple[int, ...]] | None:
+    """(key, what is wrong, ranks) of the first module whose random mask is wrong; None where none is.
+
+    `repeats` says that masks of data ranks may be alike.
+    """
     calls: dict[tuple[Key, int], dict[int, tuple[Record, Tensor]]] = defaultdict(dict)
     for rank, trace in enumerate(observed.ranks):
         for number, record in _drawing(trace):
             calls[record.key, record.call][rank] = (record, trace.tensor(number))
     for (key, _), shown in sorted(calls.items(), key=lambda item: (item[0][0][0], item[0][1])):
-        found = _between_peers(shown, observed) or _between_data_ranks(shown, observed)
+        found = _between_peers(shown, observed)
+        if found is None and not repeats:
+            found = _between_data_ranks(shown, observed)
         if found is not None:
             return (key, *found)
     return None

@@ -20,12 +20,14 @@ def compare_run(
     *,
     exact: bool = False,
     share: tuple[int, int] = (0, 1),
+    repeats: bool = False,
     told: Callable[[Comparison], None] = lambda _comparison: None,
 ) -> list[Comparison]:
     """One Comparison per tensor, in causal order: nothing that was recorded is left out.
 
     `exact` says that rounding is far below any bug (float64), so that what follows from an output tells of it.
     `share` is (number, of how many): the steps are dealt out in turn, and what comes before the first is the first's.
+    `repeats` says that data ranks may draw the same random numbers as each other.
     `told` hears of each tensor before the floor of the next is asked for (`estimated.Estimate.saw`).
     """
     number, count = share
@@ -53,7 +55,7 @@ def compare_run(
             found.append(parameters.compare(key, observed, reference))
         told(found[-1])
     found = [c for c in found if c.step >= 0 or number == 0]
-    found = _only_where_gradients_differ(_with_draws(_without_random(found, observed, reference), observed))
+    found = _only_where_gradients_differ(_with_draws(_without_random(found, observed, reference), observed, repeats))
     return _only_where_something_follows(_only_of_owners(found, observed)) if exact else found
 
 
@@ -112,9 +114,9 @@ def _only_where_something_follows(found: list[Comparison]) -> list[Comparison]:
     ]
 
 
-def _with_draws(found: list[Comparison], observed: Observed) -> list[Comparison]:
+def _with_draws(found: list[Comparison], observed: Observed, repeats: bool) -> list[Comparison]:
     """What was drawn wrongly is different, whatever values it has."""
-    wrong = misdrawn(observed)
+    wrong = misdrawn(observed, repeats=repeats)
     if wrong is None:
         return found
     key, reason, ranks = wrong

@@ -260,16 +260,31 @@ def shown_of(case: Case) -> list[Aligned]:
 
 def vectors(case: Case, shown: Sequence[Aligned]) -> Iterator[tuple[str, Tensor]]:
     """Parameters of the module that are one vector over its output's features."""
-    if case.probe is None or not shown or shown[0].part.dim() < 1:
+    if not shown or shown[0].part.dim() < 1:
         return
     shape = shown[0].part.shape
-    for name, value in case.probe.parameters(case.first.name).items():
+    known = _recorded(case) if case.probe is None else case.probe.parameters(case.first.name)
+    for name, value in known.items():
         if value.dim() != 1 or not bool((value != 0).any()):
             continue
         # Features are the last dim, and channels of a convolution the second.
         for dim in {len(shape) - 1, min(1, len(shape) - 1)}:
             if len(value) == shape[dim]:
                 yield name, wide(value.cpu()).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+
+
+def _recorded(case: Case) -> dict[str, Tensor]:
+    """The parameters of the module as the reference had them when the step began, where there is no copy to ask."""
+    inside = "" if case.first.name == ROOT else f"{case.first.name}."
+    found = {}
+    for _, stage, name, part in case.reference.trace.by_key:
+        if stage != "initial-state" or part or not name.startswith(inside) or "." in name.removeprefix(inside):
+            continue
+        before = (case.first.step - 1, "update", name, "")
+        wholes = case.reference.tensors(before) or case.reference.tensors((case.first.step - 1, stage, name, ""))
+        if wholes and wholes[0].is_floating_point():
+            found[name] = wholes[0]
+    return found
 
 
 def spread(vector: Tensor, one: Aligned) -> Tensor:

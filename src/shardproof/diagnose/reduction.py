@@ -82,6 +82,11 @@ def _sets(case: Case) -> list[list[Comparison]]:
     prefix = case.first.name.rpartition(".")[0]
     module = [c for c in case.wrong if c.name.rpartition(".")[0] == prefix]
     sets = [list(case.wrong), module, [case.first]]
+    if case.probe is None:
+        # From recordings alone, of some gradients the contributions are known and of others they are not.
+        known = {name for part in case.contributions for name in part.gradients}
+        sets.insert(1, [c for c in case.wrong if c.name in known])
+        sets = [s for s in sets if s]
     return [s for number, s in enumerate(sets) if s not in sets[:number]]
 
 

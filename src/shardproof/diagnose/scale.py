@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from shardproof.compare.measure import largest, wide
-from shardproof.compare.verdict import Comparison
+from shardproof.compare.measure import largest, scale, wide, within
+from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.factors import axes_of, simple
 
@@ -16,9 +16,8 @@ def everywhere(case: Case) -> Diagnosis | None:
     """Every gradient that can be compared is the same multiple of the reference's."""
     factor = _factor(case)
     same = [] if factor is None else [c for c in case.wrong if _has(c, factor)]
-    if factor is None or not case.fits(
-        "one factor on all gradients", 0.0 if len(same) == len(case.stage) else math.inf
-    ):
+    telling = [] if factor is None else [c for c in case.stage if _tells(c, factor, case)]
+    if factor is None or not case.fits("one factor on all gradients", 0.0 if len(same) == len(telling) else math.inf):
         return None
     facts = case.facts
     axis = axes_of(factor, facts.parallelism, facts.microbatches)
@@ -128,6 +127,15 @@ def _factor(case: Case) -> float | None:
     if math.prod(first.shape) > 1:
         return factor
     return factor if any(_has(c, factor) for c in case.wrong if math.prod(c.shape) > 1) else None
+
+
+def _tells(comparison: Comparison, factor: float, case: Case) -> bool:
+    """Whether a gradient would differ if it had the factor: not one that is zero but for rounding, as that of the bias
+    of attention keys."""
+    if comparison.verdict is Verdict.DIFFERENT:
+        return True
+    want = case.reference.tensors(comparison.key)
+    return bool(want) and not within(abs(factor - 1) * scale(want[0]), comparison.floor)
 
 
 def _has(comparison: Comparison, factor: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import inf
 
@@ -24,8 +25,21 @@ DATA = ("dp_replicate", "dp_shard")
 
 
 def over_tp(case: Case) -> Diagnosis | None:
-    """Copies along `tp` that differ, and only add up to the right gradient."""
-    return _over(case, [("tp",)]) if case.facts.parallelism.tp > 1 else None
+    """Copies along `tp` that differ, and only add up to the right gradient: of the first wrong tensor or, where that
+    one is mixed from a path that is right and one that is not, of another of the step."""
+    if case.facts.parallelism.tp == 1:
+        return None
+    found = _over(case, [("tp",)])
+    if found is not None or case.probe is not None:
+        return found
+    # A copy of the model on one device tells which module sends back a part only; recordings alone do not.
+    for other in case.wrong:
+        groups = groups_over(("tp",), case.shares(other), case.facts.parallelism)
+        if any(_differ(group, other.floor) for group in groups) and other is not case.first:
+            found = _over(replace(case, first=other), [("tp",)])
+            if found is not None and found.cause == "grad-not-summed":
+                return replace(found, at=other)
+    return None
 
 
 def over_data(case: Case) -> Diagnosis | None:
@@ -49,7 +63,8 @@ def _over(case: Case, sets: Sequence[tuple[str, ...]]) -> Diagnosis | None:
         if case.fits(f"the sum over {name} is right", _residual(groups, case, mean=False)):
             return _not_summed(case, name, axes, size)
         other = _reduced_elsewhere(groups, case, axes)
-        if other is not None:
+        # Two ranks along each axis: a sum of twice the right one is a right mean as well, and that says less.
+        if other is not None and (other.factor != size or "tp" in axes or case.probe is not None):
             return other
         if "tp" not in axes and case.fits(f"the mean over {name} is right", _residual(groups, case, mean=True)):
             return _not_reduced(case, name, size)

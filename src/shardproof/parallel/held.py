@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
+from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
@@ -137,13 +138,19 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _sharded_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
-    """(id of the module, attribute) -> the shard that the optimizer steps, of every parameter that FSDP2 manages."""
+    """(id of the module, attribute) -> the shard that the optimizer steps, of every parameter that FSDP2 has gathered.
+
+    Of the others the module shows the shard itself, and may show a new one of which FSDP2 learns in the next forward
+    pass only: a model is sharded on the meta device and then filled, as transformers does it.
+    """
     found: dict[tuple[int, str], nn.Parameter] = {}
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
         for group in fsdp2_groups(module):
             for managed in group.fsdp_params:
+                if managed.sharded_state is not ShardedState.UNSHARDED:
+                    continue
                 info = managed._module_info
                 places = [(info.module, info.param_name)]
                 places += zip(info.shared_modules, info.shared_param_names, strict=True)

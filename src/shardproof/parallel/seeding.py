@@ -69,14 +69,19 @@ def generators(device: torch.device) -> int:
 
     torch's own may be seeded anew without a change: what nobody has drawn from yet looks the same under every seed.
     """
+    return hash(generator_states(device))
+
+
+def generator_states(device: torch.device) -> tuple[int, int, int]:
+    """The same for torch's, NumPy's and Python's generators apart."""
     found = zlib.crc32(torch.get_rng_state().numpy().data)
     if found == _unused(torch.initial_seed()):
         found = 0
     if device.type == "cuda":
         found = zlib.crc32(torch.cuda.get_rng_state(device).numpy().data, found)
-    at = 0
+    numpy = 0
     if "numpy" in sys.modules:
         _, keys, at, *_ = sys.modules["numpy"].random.get_state()
-        found = zlib.crc32(keys.data, found)
+        numpy = hash((zlib.crc32(keys.data), at))
     # Python hashes whole numbers alike in every process; torch's and NumPy's states are long, and faster as bytes.
-    return hash((found, at, random.getstate()[1]))
+    return found, numpy, hash(random.getstate()[1])

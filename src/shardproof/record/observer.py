@@ -18,7 +18,7 @@ from torch.utils._pytree import SUPPORTED_NODES
 from shardproof.parallel import piece
 from shardproof.parallel.held import Held, held_parameters, plain
 from shardproof.parallel.names import ROOT
-from shardproof.parallel.seeding import generators
+from shardproof.parallel.seeding import generator_states
 from shardproof.record.hints import hinted
 from shardproof.record.out import Out
 from shardproof.record.quiet import quietly
@@ -70,7 +70,7 @@ class Observer:
         self._shown: set[int] = set()
         self._clipped: set[int] = set()
         self._norms = 0
-        self._generator = 0
+        self._generator: tuple[int, ...] = ()
         self._steps_seen = 0
 
     # The course of a step.
@@ -84,7 +84,7 @@ class Observer:
             self._model = self._opens(self._model)
             self._parameters = self._held()
             self._device = next((held.leaf.device for held in self._parameters), self._device)
-            self._generator = generators(self._device) or 1
+            self._generator = generator_states(self._device)
         if self._first:
             states = [*weights(self._parameters), *buffers(self._model)]
             for optimizer in self._optimizers:
@@ -142,7 +142,7 @@ class Observer:
         entry = self._entries[self._microbatch]
         self._entries[self._microbatch] += 1
         # What the loop drew to get here, for its data, is not what the model draws.
-        self._generator = generators(self._device) or 1
+        self._generator = generator_states(self._device)
         with quietly():
             opened = (tuple(map(_opened, args)), {key: _opened(value) for key, value in kwargs.items()})
             given = [(path, leaf) for path, leaf in leaves(opened) if not leaf.is_meta]
@@ -241,7 +241,7 @@ class Observer:
             self._out.event("skipped", step=self.step, loss_scale=self._scale)
             self.stop()
             self._forget()
-            self._generator = generators(self._device) or 1
+            self._generator = generator_states(self._device)
 
     # One record.
 
@@ -286,9 +286,15 @@ class Observer:
         self._out.add(self.step, stage, name, tensor, **rest)
 
     def _draws(self) -> int:
-        """Fingerprint of the generators if they have been drawn from since the model was called, else 0."""
-        now = generators(self._device) or 1
-        return 0 if now == self._generator else now
+        """Fingerprint of the generators that have been drawn from since the model was called; 0 where none has.
+
+        Those that the model leaves alone say nothing: Python seeds its own anew in every process.
+        """
+        now = generator_states(self._device)
+        drawn = tuple(
+            (n, own) for n, (own, before) in enumerate(zip(now, self._generator, strict=False)) if own != before
+        )
+        return hash(drawn) or 1 if drawn else 0
 
 
 def state_left(

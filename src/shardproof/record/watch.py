@@ -25,6 +25,7 @@ from shardproof.record.observer import Observer, state_left
 from shardproof.record.out import Out, own_rank
 from shardproof.record.places import wrappers_of
 from shardproof.record.rounds import Round
+from shardproof.record.stepping import stepping
 from shardproof.record.swaps import listen, unlisten
 from shardproof.record.wanted import read_depths, read_names, read_steps
 from shardproof.spec.parallelism import Parallelism
@@ -143,7 +144,7 @@ class Watch:
             )
         if model is not None:
             self._attach_model(model)
-        for one in _optimizers(optimizer):
+        for one in stepping(optimizer):
             if self._found and self._round.optimizers:
                 raise UsageError(
                     f"attach: steps were counted by {type(self._round.optimizers[0]).__name__}, which was found by "
@@ -395,21 +396,3 @@ def _declared(parallelism: str | Parallelism | None) -> str:
     if isinstance(parallelism, str) and "=" not in parallelism:
         return canonical_name(parallelism)
     return parse(parallelism, own_rank()[1]).strategy
-
-
-def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """Those that really step, without a framework's wrappers (Accelerate's has no hooks of its own)."""
-    if given is None:
-        return []
-    if isinstance(given, Optimizer) or not isinstance(given, Iterable):
-        given = [given]
-    found = []
-    for one in given:
-        while not hasattr(one, "_optimizer_step_pre_hooks") and hasattr(one, "optimizer"):
-            one = one.optimizer
-        if not isinstance(one, Optimizer) or not hasattr(one, "_optimizer_step_pre_hooks"):
-            raise UsageError(
-                f"optimizer: {type(one).__name__} is no torch.optim.Optimizer; give the torch optimizer inside of it"
-            )
-        found.append(one)
-    return found

@@ -24,6 +24,8 @@ class Index:
     records: list[Record] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    behind: list[int] = field(default_factory=list)
+    """Of each event, how many records stand before it."""
     problem: str = ""
     """Why reading ended before the closing line; empty where it did not."""
 
@@ -126,3 +128,4 @@ def _take(plain: dict[str, Any], index: Index, reader: Reader) -> None:
             raise wrong("records", plain.get("records"), f"{len(index.records)}, of which the lines before it tell")
         index.closed = True
     index.events.append(plain)
+    index.behind.append(len(index.records))

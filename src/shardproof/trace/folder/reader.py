@@ -65,6 +65,21 @@ class RankTrace:
         """What happened between records, in order: each with the field `event`, its kind, and its facts."""
         return tuple(MappingProxyType(event) for event in self._index.events)
 
+    @cached_property
+    def undone(self) -> frozenset[int]:
+        """Numbers of the records of attempts at a step that came to nothing: a gradient scaler skipped the step.
+
+        What the step did in the end stands behind them, under the same keys.
+        """
+        skipped = [
+            (event.get("step"), before)
+            for event, before in zip(self.events, self._index.behind, strict=True)
+            if event["event"] == "skipped"
+        ]
+        return frozenset(
+            number for step, before in skipped for number in range(before) if self.records[number].step == step
+        )
+
     @property
     def complete(self) -> bool:
         """Whether the rank came to the end of its recording, and all of it can be read."""
