@@ -135,7 +135,15 @@ def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return inputs.to(dtype), torch.randint(0, CLASSES, (STEPS * BATCH,), generator=generator)
 
 
-def train(path: Path, kind: str, *, mistake: str = "", dtype: torch.dtype = torch.float64, what: str = "full") -> None:
+def train(
+    path: Path,
+    kind: str,
+    *,
+    mistake: str = "",
+    dtype: torch.dtype = torch.float64,
+    what: str = "full",
+    disturb: int | None = None,
+) -> None:
     """Three steps in the current world, recorded at `path`; samples go round robin, as DistributedSampler does it."""
     world, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(rank if mistake == "seeds" else 0)
@@ -145,7 +153,7 @@ def train(path: Path, kind: str, *, mistake: str = "", dtype: torch.dtype = torc
     optimizer = early if mistake == "optimizer-first" else torch.optim.AdamW(laid.model.parameters(), lr=1e-2)
     inputs, labels = data(dtype)
     readers, reader = (world, rank) if mistake == "data-over-world" else (laid.readers, laid.reader)
-    with sp.record(path, laid.model, optimizer, what=what):
+    with sp.record(path, laid.model, optimizer, what=what, disturb=disturb):
         for step in range(STEPS):
             own = torch.arange(step * BATCH, (step + 1) * BATCH)[0 if mistake == "repeated" else reader :: readers]
             optimizer.zero_grad()
@@ -167,6 +175,14 @@ class OnRanks:
             if mistake == "optimizer-first":
                 warnings.filterwarnings("ignore", "record: AdamW does not hold a single parameter")
             train(path, kind, mistake=mistake, what=what)
+
+    def train_disturbed(self, place: Place, path: Path, kind: str, disturb: int | None, dtype: torch.dtype) -> None:
+        with place.world(path.name, 1):
+            train(path, kind, dtype=dtype, disturb=disturb)
+
+    def train_in(self, place: Place, path: Path, kind: str, world: int, dtype: torch.dtype) -> None:
+        with place.world(path.name, world):
+            train(path, kind, dtype=dtype)
 
 
 def kinds() -> Iterator[tuple[str, int]]:
