@@ -18,7 +18,7 @@ from shardproof.compare.measure import MULTIPLE, furthest
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.parallel import piece
 from shardproof.spec.strategies import parse
-from shardproof.trace.file import Trace, save
+from shardproof.trace.file import TraceFile, save
 from shardproof.trace.record import Record
 
 ROOT = Path(__file__).parents[2]
@@ -32,9 +32,9 @@ def entry(stage: str, name: str, tensor: Tensor | None, *, step: int = 0, part: 
     return record, tensor
 
 
-def traced(folder: Path, entries: list[Entry], name: str = "trace") -> Trace:
+def traced(folder: Path, entries: list[Entry], name: str = "trace") -> TraceFile:
     save(folder / name, entries)
-    return Trace(folder / name)
+    return TraceFile(folder / name)
 
 
 def told(name: str, error: float, *, step: int = 0, verdict: Verdict = Verdict.ROUNDING) -> Comparison:
@@ -132,7 +132,7 @@ def test_products_that_are_rounded_more_coarsely_than_any_tensor_shows_can_be_to
 # From one step to the next.
 
 
-def two_steps(folder: Path) -> Trace:
+def two_steps(folder: Path) -> TraceFile:
     """A layer of 4 x 4 and SGD, twice the same."""
     weight = torch.linspace(0.5, 1.0, 16).reshape(4, 4)
     entries = [entry("initial-state", "fc.weight", weight, step=-1)]

@@ -123,10 +123,11 @@ def needs_numbers(comparisons: Sequence[Comparison], facts: Facts) -> bool:
     return known is None or _order(known.step, known.stage) > _order(first.step, first.stage)
 
 
-def explain(case: Case, families: Mapping[str, tuple[Family, ...]] = FAMILIES) -> Finding:
-    """The finding for the first divergence of a case; `families` are asked by its stage."""
+def explain(case: Case, families: Mapping[str, tuple[Family, ...]] | None = None) -> Finding:
+    """The finding for the first divergence of a case; `families`, all of them if None, are asked by its stage."""
     first = case.first
-    made = next((d for family in families.get(first.stage, ()) if (d := _asked(family, case)) is not None), None)
+    asked = (FAMILIES if families is None else families).get(first.stage, ())
+    made = next((d for family in asked if (d := _asked(family, case)) is not None), None)
     diagnosis = made or Diagnosis(
         cause=STAGE_CAUSES.get(first.stage, "unexplained"),
         axis=replicas_differ(case) if first.stage in STAGE_CAUSES else None,
