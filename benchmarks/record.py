@@ -4,9 +4,13 @@
     python benchmarks/record.py diff    [--gigabytes N] [--json PATH]
     python benchmarks/record.py ranks   [--ranks N] [--json PATH]
 
-`steps`: a decoder of 25 to 100 million parameters with AdamW, on one process with two threads. A bare step, a step
-inside `sp.record` that is not among its `steps`, and one that is, take turns, each depth in its own round; each
-recorded step is divided by the bare step of its round.
+`steps`: a decoder of 25 to 100 million parameters with AdamW, on one process with two threads. By default 34 million
+parameters and 2048 tokens a step, few for a model of that size: what is recorded of weights, gradients and optimizer
+state does not grow with the tokens, and weighs more the fewer there are. A bare step, a step inside `sp.record` that is
+not among its `steps`, and one that is, take turns, each depth in its own round; each is divided by the mean of the two
+bare steps around it. Ratios are medians, once of wall clock and once of processor time of the whole process, which
+others on the machine disturb less; threads that wait for each other count in it, but for `OMP_WAIT_POLICY=passive`.
+Above the table stands how many elements a step shows, and how long each may take for a ratio of 1.10.
 
 `diff`: two recordings of the given size, of which the second lies in shards on four ranks, against reading the same
 bytes once (a sum over all of them, mapped as the traces are). The files are in the page cache for both. Peak memory is
@@ -53,13 +57,15 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
 
     import shardproof as sp
 
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model = _decoder(args.width, args.layers, args.vocabulary, args.length)
     count = sum(parameter.numel() for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(0, args.vocabulary, (args.batch, args.length + 1))
 
     def step() -> None:
+        # Of its own for every step: signs of a sketch follow the samples, and are kept where these come again.
+        tokens = torch.randint(0, args.vocabulary, (args.batch, args.length + 1))
         optimizer.zero_grad()
         logits = model(tokens[:, :-1])
         F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
@@ -67,35 +73,62 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
 
     for _ in range(2):
         step()
-    found: dict[str, list[float]] = {name: [] for name in ("unrecorded", *DEPTHS)}
-    bare: list[float] = []
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ("unrecorded", *DEPTHS)}
+    bare: list[tuple[float, float]] = []
     sizes: dict[str, int] = {}
+    looked_at = 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for turn in range(args.repetitions):
             for depth in DEPTHS:
                 path = Path(folder) / f"{depth}-{turn}"
-                before = _timed(step)
+                before = _both(step)
                 # The first recorded step also writes down the state before it; the second is like all that follow.
                 with sp.record(path, model, optimizer, steps=(1, 2), what=depth):
-                    unrecorded = _timed(step)
+                    unrecorded = _both(step)
                     step()
                     at = _bytes(path)
-                    recorded = _timed(step)
+                    recorded = _both(step)
                     sizes[depth] = _bytes(path) - at
-                after = _timed(step)
-                plain = (before + after) / 2
+                after = _both(step)
+                plain = ((before[0] + after[0]) / 2, (before[1] + after[1]) / 2)
                 bare.append(plain)
-                found["unrecorded"].append(unrecorded / plain)
-                found[depth].append(recorded / plain)
+                found["unrecorded"].append((unrecorded[0] / plain[0], unrecorded[1] / plain[1]))
+                found[depth].append((recorded[0] / plain[0], recorded[1] / plain[1]))
+                looked_at = _elements(path, 2)
                 shutil.rmtree(path)
     print(f"decoder of {count / 1e6:.1f}M parameters, {args.batch} x {args.length} tokens, AdamW, float32")
-    print(f"bare step {statistics.median(bare):.2f} s (median; {min(bare):.2f} to {max(bare):.2f})\n")
-    print(f"{'step':<12}{'ratio':>8}{'least':>8}{'most':>8}{'target':>8}{'bytes a step':>16}")
+    walls = [wall for wall, _ in bare]
+    typical = statistics.median(walls)
+    print(f"bare step {typical:.2f} s (median; {min(walls):.2f} to {max(walls):.2f}), {args.threads} threads")
+    print(f"{looked_at / 1e6:.0f}M elements in the records of a step: {typical / looked_at * 1e8:.2f} ns each for 1.10")
+    print(f"load average {os.getloadavg()[0]:.1f}\n")
+    print(
+        f"{'step':<12}{'wall':>7}{'least':>7}{'most':>7}{'processor':>11}{'least':>7}{'most':>7}{'target':>8}{'bytes':>12}"
+    )
     for name, ratios in found.items():
         target = f"{TARGETS[name]:.2f}" if name in TARGETS else "-"
         size = f"{sizes[name] / 1e6:.2f} MB" if name in sizes else "-"
-        print(f"{name:<12}{statistics.median(ratios):>8.3f}{min(ratios):>8.3f}{max(ratios):>8.3f}{target:>8}{size:>16}")
-    return {"parameters": count, "bare_s": bare, "ratios": found, "bytes": sizes}
+        wall, processor = zip(*ratios, strict=True)
+        print(
+            f"{name:<12}{statistics.median(wall):>7.3f}{min(wall):>7.3f}{max(wall):>7.3f}"
+            f"{statistics.median(processor):>11.3f}{min(processor):>7.3f}{max(processor):>7.3f}{target:>8}{size:>12}"
+        )
+    return {"parameters": count, "elements": looked_at, "bare_s": bare, "ratios": found, "bytes": sizes}
+
+
+def _both(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of wall clock, and of the processors."""
+    began = time.process_time()
+    wall = _timed(work)
+    return wall, time.process_time() - began
+
+
+def _elements(path: Path, step: int) -> int:
+    """Elements of all tensors that were recorded of this step."""
+    from math import prod
+
+    lines = map(json.loads, (path / "rank-00000.jsonl").read_text().splitlines())
+    return sum(prod(line["shape"]) for line in lines if line.get("step") == step and "shape" in line)
 
 
 def _decoder(width: int, layers: int, vocabulary: int, length: int) -> Any:
@@ -393,6 +426,7 @@ def main() -> None:
     own = parts.choices["steps"]
     for option, value in (("width", 512), ("layers", 8), ("vocabulary", 8192), ("length", 256), ("batch", 8)):
         own.add_argument(f"--{option}", type=int, default=value)
+    own.add_argument("--threads", type=int, default=2)
     parts.choices["diff"].add_argument("--gigabytes", type=float, default=4.0)
     parts.choices["ranks"].add_argument("--ranks", type=int, default=512)
     own = parts.add_parser("_compare")

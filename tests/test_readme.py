@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import shardproof
+from shardproof import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,8 +24,9 @@ NOT_RUN = {
     "make": "sets up an environment; .ci/run runs it",
     "pip": "changes the environment",
     "git": "needs a network",
-    "torchrun": "tests/ranks/test_joined_ranks.py starts it",
-    "python": "benchmarks take minutes",
+    "torchrun": "tests/ranks/test_joined_ranks.py starts it; `recordings` starts ranks in its way",
+    "python": "benchmarks take minutes; of docs/recording.md `recordings` runs the same",
+    ".venv/frameworks/fabric/bin/python": "an environment of its own",
     "env": "the long draw takes minutes; tests/test_no_false_alarm.py takes a short one",
 }
 """First word of a command that is not run here -> why."""
@@ -92,14 +96,18 @@ def commands() -> list[Command]:
     return list(found.values())
 
 
-def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def environment() -> dict[str, str]:
     # Absolute, as the command runs elsewhere; and first, so that it is this shardproof.
     source = str(Path(shardproof.__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -108,7 +116,60 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.words[0] == "shardproof"], ids=str)
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first block of docs/recording.md records: on one device, on two ranks, and with its mistake."""
+    folder = tmp_path_factory.mktemp("recorded")
+    text = next(block.text for block in blocks() if block.page == "docs/recording.md" and block.language == "python")
+    (folder / "train.py").write_text(text)
+    started = [recording(folder, 0, 1, "runs/one")]
+    for arguments in (("runs/two",), ("runs/wrong", "--unwrapped")):
+        port = free_port()
+        started += [recording(folder, rank, 2, *arguments, port=port) for rank in range(2)]
+    for process in started:
+        assert process.wait(timeout=120) == 0
+    # docs/frameworks.md records these in an environment that is not here.
+    (folder / "runs" / "four").symlink_to("two")
+    return folder / "runs"
+
+
+def recording(folder: Path, rank: int, ranks: int, *arguments: str, port: int = 0) -> subprocess.Popen[bytes]:
+    """One rank of `torchrun train.py`, without its start."""
+    told = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=folder,
+        env=environment() | {name: str(value) for name, value in told.items()},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return int(own.getsockname()[1])
+
+
+OF_RECORDINGS = ("show", "diff")
+"""Commands that are quick, and run in this process: each on its own would load torch anew."""
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if c.words[0] == "shardproof" and c.words[1] in OF_RECORDINGS], ids=str
+)
+def test_a_command_on_recordings_ends_as_it_says(
+    command: Command, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recordings.parent)
+    done = CliRunner().invoke(cli.app, command.words[1:])
+    assert done.exit_code == command.exit_code, done.output
+    if command.output:
+        assert done.output.splitlines()[-1] == command.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if c.words[0] == "shardproof" and c.words[1] not in OF_RECORDINGS], ids=str
+)
 def test_a_command_that_is_shown_ends_as_it_says(command: Command, tmp_path: Path) -> None:
     # Reports are written to where the command runs, which must not be the repository.
     (tmp_path / "examples").symlink_to(ROOT / "examples")

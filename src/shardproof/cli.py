@@ -27,6 +27,7 @@ from shardproof.ranks.launch import Launch
 from shardproof.report import file, show, text
 from shardproof.report.data import Report
 from shardproof.report.progress import progress_on
+from shardproof.report.spelling import printable
 from shardproof.spec.loading import load
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.strategies import parse
@@ -38,6 +39,9 @@ DIVERGED = 1
 
 BROKEN = 2
 """Exit code of an unexpected exception too: Python's own 1 would read as a divergence."""
+
+LINES = "\n\t"
+"""What lays out the text of an error, and is printed as it is."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -332,7 +336,7 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except ShardproofError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error), keep=LINES)}", err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None

@@ -45,9 +45,9 @@ def diff(  # noqa: PLR0913  (typer declares an option by a parameter)
 
     \b
     Exit codes:
-      0  both runs computed the same training
-      1  they diverge
-      2  wrong use, or nothing that can be read
+      0  nothing differs, as far as the last line says
+      1  they diverge, or nothing of them could be compared
+      2  wrong use, or a recording that cannot be read
     """
     if quiet and verbose:
         raise UsageError("--quiet and --verbose exclude each other; give one")

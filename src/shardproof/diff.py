@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from shardproof.align.traces import Key, Only
 from shardproof.align.whole import whole
 from shardproof.compare.estimated import Estimate
 from shardproof.compare.floor import measured
+from shardproof.compare.losses import NOT_CALLED, NOT_EACH
 from shardproof.compare.run import RANDOM, compare_run
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Observed, Reference
@@ -31,6 +35,8 @@ from shardproof.diagnose.kept import families
 from shardproof.diagnose.recorded import contributions
 from shardproof.errors import StrategyError
 from shardproof.report.data import Report, Run
+from shardproof.report.spelling import apart
+from shardproof.report.spelling import ranks as ranges
 from shardproof.spec.parallelism import AXES, Parallelism
 from shardproof.spec.stages import STAGES
 from shardproof.spec.strategies import parse
@@ -47,6 +53,19 @@ Known = dict[tuple[str, int], tuple[int, list[Tensor] | None]]
 
 UNREAD = "the two runs did not read the same samples in this step, or in one before it"
 
+UNKNOWN = "what {} read in this step is not all known, so that outputs and losses cannot be put together"
+
+OF_SAMPLES = frozenset({"batch", "forward", "loss", "backward"})
+"""Stages that depend on which samples were read by whom."""
+
+REASONS = {
+    NOT_CALLED: "this run shows no such tensor",
+    NOT_EACH: "backward was not called once per micro-batch",
+}
+"""What a check of an experiment says, in the words of a recorded loop."""
+
+NO_SUCH = "the reference has no such tensor"
+
 NO_HARM = "differs, yet every gradient of the step is right: another order, another multiple, or never used"
 
 
@@ -61,58 +80,86 @@ def diff(
 ) -> Report:
     """Hold the recording `b` against the recording `a`, which is trusted; the report is that of `check`.
 
-    Records meet by name, step, stage and call, whatever the world sizes, wrappers, micro-batches and dtypes of the two
-    runs. `map` renames (`"model.layers.*=blocks.*"`). `noise` are further recordings of `a`'s program, made with
-    `record(..., disturb=...)`, from which the noise floor is taken; without them it is estimated
-    (docs/noise-floor.md). `layout_a` and `layout_b` say how a run was laid out (`"tp=2,dp_shard=2"`, `"ddp"`) where
-    its ranks did not write it down.
+    Both are directories that `sp.record` wrote. Records meet by name, step, stage and call, whatever the world sizes,
+    wrappers, micro-batches and dtypes of the two runs; docs/recording.md says how.
 
-    Raises `TraceError` where nothing can be read, `UsageError` for wrong use.
+    `map`: rules that rename, as `"model.layers.*=blocks.*"`, applied to both sides; the first that matches a name wins.
+    `noise`: further recordings of `a`'s program, made with `record(..., disturb=seed)`, from which the noise floor is
+    measured. Without them it is estimated (docs/noise-floor.md), and `report.estimated` is true.
+    `layout_a`, `layout_b`: how a run was laid out (`"tp=2,dp_shard=2"`, `"ddp"`, a Parallelism), where its ranks did
+    not write it down or wrote it wrong. Its degrees multiply to the ranks of the recording.
+
+    A rank that is missing or was cut off is told in `report.warnings`, and what hangs on it is `not-checked`.
+    `report.runs` has one run, called by the last part of the path of `b`.
+
+    Raises `TraceError` where nothing of a recording can be read, it is of another version, or what its ranks hold does
+    not fit together; `UsageError` for rules that match nothing or give two parameters one name, and for layouts that do
+    not fit the ranks.
     """
     started = time.perf_counter()
     rules = [Rule.parse(text) for text in map]
     first, second = open_recording(Path(a)), open_recording(Path(b))
+    disturbed = [open_recording(Path(path)) for path in noise]
     layouts = _declared(layout_a, first), _declared(layout_b, second)
+    labels = apart(str(a), str(b))
     with uncollected():
-        found = pair(first, second, rules=rules, layouts=layouts)
-    drawn = [pair(open_recording(Path(path)), second, rules=rules, layouts=layouts) for path in noise]
+        found = pair(first, second, rules=rules, layouts=layouts, labels=labels)
+    drawn = [pair(one, second, rules=rules, layouts=layouts, labels=(str(one.path), labels[1])) for one in disturbed]
     with set_aside():
         compared = Compared.of(found, drawn)
         findings = compared.findings()
     comparisons = compared.comparisons
-    shown = [_of_ranks(c, found.got) for c in comparisons]
+    shown = [_of_ranks(c, found.got) for c in _in_words(comparisons, found)]
     time_s = time.perf_counter() - started
     run = Run(
-        strategy=str(b),
+        strategy=labels[1],
         degrees=dict(zip(AXES, found.got.layout.parallelism.degrees, strict=True)),
         comparisons=tuple(shown),
         findings=tuple(_finding_of_ranks(finding, found.got) for finding in findings),
-        notes=tuple(_notes(found, shown, first, second)),
+        notes=tuple(_notes(found, shown)),
         time_s=time_s,
     )
     return Report(
-        experiment=f"{b}",
+        experiment=str(b),
         runs=(run,),
         ranks=second.world_size,
         steps=len(found.steps),
         dtype=dtypes(found.want, found.got),
         device=_device(second),
         reference=str(a),
+        warnings=tuple(f"{one.path}: {problem}" for one in (first, second, *disturbed) for problem in one.problems),
         recorded=True,
         estimated=not drawn,
         time_s=time_s,
     )
 
 
-def _notes(found: Pair, compared: Sequence[Comparison], first: Recording, second: Recording) -> Iterator[str]:
+def _notes(found: Pair, compared: Sequence[Comparison]) -> Iterator[str]:
     for side, facts in zip((found.want, found.got), found.told, strict=True):
         yield f"{side.label}: {described(side, facts, found.steps)}"
     yield from found.notes
-    for recording in (first, second):
-        yield from (f"{recording.path}: {problem}" for problem in recording.problems)
+    if not found.steps:
+        shown = " and ".join(f"{side.label} shows {_steps_of(side)}" for side in (found.want, found.got))
+        yield f"no step in common: {shown}; record the same steps of both"
+        return
     yield from without_partner(compared, found.want.label, found.got.label)
     if found.suggested:
         yield "names would meet with " + " ".join(f"--map '{rule}'" for rule in found.suggested)
+
+
+def _steps_of(side: Side) -> str:
+    steps = {record.step for trace in side.traces for record in trace.records if record.step >= 0}
+    return f"step{'s' if len(steps) > 1 else ''} {ranges(steps)}" if steps else "no step"
+
+
+def _in_words(comparisons: Sequence[Comparison], found: Pair) -> Iterator[Comparison]:
+    """With reasons that a reader of two recordings knows what to do with."""
+    known = {key for trace in found.want.traces for key in trace.by_key}
+    in_part = f"the ranks of {found.want.label} that can be read do not show all of it"
+    for comparison in comparisons:
+        lost = comparison.reason == NO_SUCH and comparison.key in known
+        reason = in_part if lost else REASONS.get(comparison.reason, comparison.reason)
+        yield replace(comparison, reason=reason)
 
 
 def _device(recording: Recording) -> str:
@@ -276,9 +323,15 @@ def _harmless(compared: Sequence[Comparison]) -> list[Comparison]:
 
 def _read_alike(comparison: Comparison, found: Pair) -> Comparison:
     """Nothing is said of steps in which the runs read other samples, except that they did."""
-    if comparison.step not in found.unread or comparison.stage == "batch":
-        return comparison
-    return replace(comparison, verdict=Verdict.NOT_CHECKED, reason=UNREAD)
+    if comparison.step in found.unread and comparison.stage != "batch":
+        return replace(comparison, verdict=Verdict.NOT_CHECKED, reason=UNREAD)
+    if comparison.step in found.partial and comparison.stage in OF_SAMPLES:
+        reason = UNKNOWN.format(found.partial[comparison.step])
+        return replace(comparison, verdict=Verdict.NOT_CHECKED, reason=reason)
+    if comparison.verdict is Verdict.DIFFERENT and (without := found.got.without(comparison.key)):
+        reason = f"what {found.got.named(without)} held of it cannot be read"
+        return replace(comparison, verdict=Verdict.NOT_CHECKED, reason=reason)
+    return comparison
 
 
 def _random(comparison: Comparison) -> Comparison:
@@ -313,3 +366,13 @@ def _finding_of_ranks(finding: Finding, side: Side) -> Finding:
         ranks=tuple(sorted(side.rank(place) for place in finding.ranks)),
         comparison=None if compared is None else _of_ranks(compared, side),
     )
+
+
+class _Module(ModuleType):
+    """The public function and this module share a name: whichever of them `sp.diff` finds first can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Report:
+        return diff(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Module

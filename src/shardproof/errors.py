@@ -51,7 +51,10 @@ class CheckpointError(UsageError):
 
 
 class TraceError(UsageError):
-    """A recording (trace directory) that is missing, unreadable or of another version, or that could not be written."""
+    """A recording that is missing, unreadable, of another version or does not fit together, or that cannot be written.
+
+    Of a recording of which some ranks can be read there is a partial answer instead.
+    """
 
 
 class RankError(ShardproofError):

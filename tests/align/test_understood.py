@@ -41,12 +41,12 @@ def test_parts_of_plain_parameters_tell_a_tp_axis() -> None:
 
 
 def test_groups_that_make_no_mesh_ask_for_the_layout() -> None:
-    with pytest.raises(sp.UsageError, match="say how the run was laid out"):
-        from_groups(groups(tp=[[0, 1, 2], [3]]), 4)
-    with pytest.raises(sp.UsageError, match=r"tp=3 make no mesh of 4 ranks"):
+    with pytest.raises(sp.UsageError, match="say how it was laid out, as --layout-b"):
+        from_groups(groups(tp=[[0, 1, 2], [3]]), 4, option="--layout-b")
+    with pytest.raises(sp.UsageError, match="groups of tp=3, no mesh of 4 ranks"):
         from_groups(groups(tp=[[0, 1, 2]]), 4)
 
 
 def test_a_declared_layout_has_the_ranks_of_the_recording() -> None:
-    with pytest.raises(sp.UsageError, match="4 ranks are recorded"):
-        declared(sp.Parallelism(tp=2), 4, "runs/tp")
+    with pytest.raises(sp.UsageError, match="--layout-b tp=2 is 2 ranks, and runs/tp is a recording of 4 ranks"):
+        declared(sp.Parallelism(tp=2), 4, "runs/tp", "--layout-b")

@@ -337,3 +337,13 @@ def test_the_signs_are_those_of_all_versions() -> None:
 
 
 FIRST = ([60.0, -212.0, -12.0, -12.0], [4902.0, 1118.0, 3442.0, 2146.0], -9782.0)
+
+
+@pytest.mark.parametrize("columns", [128, 96, 200])
+def test_either_library_multiplies_to_the_same_sketch(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(2 * module.LONG // 96, columns, generator=torch.Generator().manual_seed(0))
+    want = sketch(tensor.double())
+    for library in (module.ONEDNN, None):
+        monkeypatch.setattr(module, "ONEDNN", library)
+        for laid_out in (tensor, tensor.t().contiguous().t()):
+            assert norm(sketch(laid_out) - want) <= 3 * torch.finfo(torch.float32).eps * tensor.norm()

@@ -170,3 +170,17 @@ def test_what_no_tensor_can_have_is_refused(wrong: object) -> None:
     assert Stats.from_dict(RIGHT)
     with pytest.raises(ValueError, match=r"stats|count|number|finite|float64"):
         Stats.from_dict(wrong)
+
+
+@pytest.mark.parametrize("size", [module.SHORT - 1, module.SHORT, 3 * module.SHORT + 517])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_long_rows_and_what_is_left_of_them_are_summed(size: int, dtype: torch.dtype) -> None:
+    tensor = drawn(size).to(dtype)
+    agree(stats_of(tensor), one_by_one(tensor), 1e-6 if dtype == torch.float32 else 1e-13)
+    assert stats_of(torch.zeros(size, dtype=dtype)).zeros == size
+    assert stats_of(tensor.sign().masked_fill(tensor == 0, -1)).zeros == 0
+
+
+def test_a_million_equal_squares_add_up() -> None:
+    got = stats_of(torch.full((2**20,), 0.1))
+    assert got.square_sum == pytest.approx(2**20 * float(torch.tensor(0.1)) ** 2, rel=1e-5)

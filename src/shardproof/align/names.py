@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardproof.errors import UsageError
@@ -47,6 +48,30 @@ class Rule:
 
     def __str__(self) -> str:
         return f"{self.left}={self.right}"
+
+
+def check(rules: Sequence[Rule], names: Sequence[Collection[str]], parameters: Sequence[Collection[str]]) -> None:
+    """Raises `UsageError` for a rule that renames nothing, and for rules that give two parameters of a run one name.
+
+    `names` are all names of each recording, `parameters` those of its parameters.
+    """
+    every = sorted(set().union(*names)) if rules else []
+    for rule in rules:
+        if not any(rule.apply(name) is not None for name in every):
+            near = difflib.get_close_matches(rule.left, every, n=SUGGESTED, cutoff=0.3) or every[:SUGGESTED]
+            raise UsageError(
+                f"map '{rule}': neither recording has a name that {rule.left} matches; "
+                f"near names: {', '.join(near) or 'there are none'}"
+            )
+    for own in parameters:
+        given: dict[str, str] = {}
+        for name in own:
+            other = given.setdefault(renamed(name, rules), name)
+            if other != name:
+                raise UsageError(
+                    f"map: {other} and {name} of one run would both be read as {renamed(name, rules)}; write rules "
+                    "under which they stay two, the narrower ones first"
+                )
 
 
 def renamed(name: str, rules: Sequence[Rule]) -> str:

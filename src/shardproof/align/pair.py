@@ -8,14 +8,18 @@ from functools import partial
 
 from shardproof.align import samples, shapes, understood
 from shardproof.align.apart import Sets, sets_of_ranks, split_over
-from shardproof.align.names import Rule, renamed, suggestions, without_prefix
+from shardproof.align.names import Rule, check, renamed, suggestions, without_prefix
 from shardproof.align.side import Side
 from shardproof.align.told import Told, told
 from shardproof.align.traces import Aligned, Nothing
 from shardproof.align.understood import Layout
 from shardproof.compare.reads import Misread, understand
+from shardproof.errors import TraceError
 from shardproof.spec.parallelism import Parallelism
 from shardproof.trace.folder.reader import Recording
+
+FEWEST = 1024
+"""One rank in so many has to be there: what a header says of its world costs as much to lay out as if it were so."""
 
 
 @dataclass(kw_only=True)
@@ -35,6 +39,8 @@ class Pair:
     """Where the two read other samples, or TP peers did."""
     unread: frozenset[int] = frozenset()
     """Steps from the first on in which not the same samples were read: their activations have nothing in common."""
+    partial: Mapping[int, str] = field(default_factory=dict)
+    """Step -> whose samples are not all known, in words: its activations and losses cannot be put together."""
     notes: list[str] = field(default_factory=list)
     suggested: tuple[Rule, ...] = ()
 
@@ -45,12 +51,19 @@ def pair(
     *,
     rules: Sequence[Rule] = (),
     layouts: tuple[Parallelism | None, Parallelism | None] = (None, None),
+    labels: tuple[str, str] = ("A", "B"),
 ) -> Pair:
     """Bring two recordings together; `layouts` are what a reader declares of either, None where they tell themselves.
 
-    Raises `UsageError` where the ranks of a side make up no mesh.
+    Raises `UsageError` where the ranks of a side make up no mesh, and for rules that cannot be meant; `TraceError`
+    where hardly any rank can be read.
     """
+    for recording in (first, second):
+        _check_ranks(recording)
     notes: list[str] = []
+    if rules:
+        as_it_is = _held(first, str), _held(second, str)
+        check(rules, [*map(_names, (first, second))], as_it_is)
     rename: Callable[[str], str] = partial(renamed, rules=rules)
     held = _held(first, rename), _held(second, rename)
     names = [{name: h.shape for name, h in own.items()} for own in held]
@@ -58,7 +71,7 @@ def pair(
     renames = [rename, rename]
     for side, found in ((1, prefix[0]), (0, prefix[1])):
         if found is not None:
-            notes.append(f"names of {(first, second)[side].path} are read without their prefix {found!r}")
+            notes.append(f"names of {labels[side]} are read without their prefix {found!r}")
             rule = Rule(left=f"{found}*", right="*")
             renames[side] = partial(_both, rename, rule)
     held = _held(first, renames[0]), _held(second, renames[1])
@@ -70,15 +83,15 @@ def pair(
         _peers(shapes.split(held[1], held[0], worlds[1]), split_over(sets[1], worlds[1]), worlds[1]),
     )
     layout = (
-        _layout(first, facts[0], layouts[0], splits[0]),
-        _layout(second, facts[1], layouts[1], splits[1]),
+        _layout(first, facts[0], layouts[0], splits[0], "--layout-a"),
+        _layout(second, facts[1], layouts[1], splits[1], "--layout-b"),
     )
     degrees = layout[0].parallelism.tp, layout[1].parallelism.tp
     apart = [name for name in sets[0] if len(sets[0][name]) > 1 and len(sets[1].get(name, ())) > 1]
     wholes = shapes.whole_shapes(held[0], held[1], degrees, worlds, apart)
-    want = _side(first, layout[0], renames[0], wholes)
-    got = _side(second, layout[1], renames[1], wholes)
-    if want.reads and got.reads and not samples.shares_samples(want.reads, got.reads):
+    want = _side(first, labels[0], layout[0], renames[0], wholes)
+    got = _side(second, labels[1], layout[1], renames[1], wholes)
+    if want.reads.keys() & got.reads.keys() and not samples.shares_samples(want.reads, got.reads):
         found_reads = samples.by_content(want.traces, got.traces)
         if found_reads is not None:
             want.reads, got.reads = found_reads
@@ -121,20 +134,41 @@ def _peers(split: int, seen: Sets, world_size: int) -> Sets:
     return tuple(tuple(range(first, first + split)) for first in range(0, world_size, split)) if split > 1 else ()
 
 
-def _layout(recording: Recording, facts: Mapping[int, Told], given: Parallelism | None, split: Sets) -> Layout:
+def _check_ranks(recording: Recording) -> None:
+    there, world_size = len(recording.ranks), recording.world_size
+    if there * FEWEST < world_size:
+        raise TraceError(
+            f"{recording.path}: only {there} of {world_size} ranks can be read, too few to compare; "
+            "give the directory that holds the files of all ranks"
+        )
+
+
+def _names(recording: Recording) -> set[str]:
+    return {record.name for trace in recording.ranks.values() for record in trace.records}
+
+
+def _layout(
+    recording: Recording, facts: Mapping[int, Told], given: Parallelism | None, split: Sets, option: str
+) -> Layout:
+    path, world_size = str(recording.path), recording.world_size
     if given is not None:
-        return understood.declared(given, recording.world_size, str(recording.path))
-    return understood.from_groups({rank: own.axes for rank, own in facts.items()}, recording.world_size, split=split)
+        return understood.declared(given, world_size, path, option)
+    groups = {rank: own.axes for rank, own in facts.items()}
+    return understood.from_groups(groups, world_size, split=split, label=path, option=option)
 
 
 def _side(
-    recording: Recording, layout: Layout, rename: Callable[[str], str], wholes: Mapping[str, tuple[int, ...]]
+    recording: Recording,
+    label: str,
+    layout: Layout,
+    rename: Callable[[str], str],
+    wholes: Mapping[str, tuple[int, ...]],
 ) -> Side:
     traces = [
         Aligned(trace, rename=rename, wholes=wholes) if (trace := recording.ranks.get(rank)) is not None else Nothing()
         for rank in layout.order
     ]
-    return Side(label=str(recording.path), traces=traces, layout=layout, reads=samples.reads_of(traces))
+    return Side(label=label, traces=traces, layout=layout, reads=samples.reads_of(traces))
 
 
 def _steps(want: Side, got: Side) -> tuple[int, ...]:
@@ -152,8 +186,16 @@ def _read(pair: Pair) -> Pair:
     orders: dict[int, Sequence[int]] = {}
     unread: set[int] = set()
     labels = pair.want.label, pair.got.label
+    partial: dict[int, str] = {}
     for step in pair.steps:
         want, got = pair.want.order(step), pair.got.order(step)
+        silent = pair.want.silent(step), pair.got.silent(step)
+        if any(silent):
+            partial[step] = " and ".join(
+                side.named(own) for side, own in zip((pair.want, pair.got), silent, strict=True) if own
+            )
+            if samples.may_agree(got, want, all_want=not silent[0], all_got=not silent[1]):
+                continue
         if not want or not got:
             continue
         order = samples.places(got, want)
@@ -167,7 +209,7 @@ def _read(pair: Pair) -> Pair:
             orders[step] = order
     if pair.misread is not None:
         unread.update(s for s in pair.steps if s >= pair.misread.step)
-    pair.orders, pair.unread = orders, frozenset(unread)
+    pair.orders, pair.unread, pair.partial = orders, frozenset(unread), partial
     return pair
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from shardproof.align.traces import Aligned
 from shardproof.compare.reads import Misread, data_axis
 from shardproof.spec.parallelism import Parallelism
+from shardproof.trace.record import Record
 from shardproof.trace.trace import Trace
 
 Reads = dict[int, list[list[tuple[str, ...]]]]
@@ -20,13 +21,15 @@ Reads = dict[int, list[list[tuple[str, ...]]]]
 
 def reads_of(traces: Sequence[Trace]) -> Reads:
     """What every rank read, as it was recorded: digests over all tensors of a sample."""
-    found: Reads = {}
-    for place, trace in enumerate(traces):
-        for record in trace.records:
-            if record.stage == "batch" and not record.unknown:
-                ranks = found.setdefault(record.step, [[] for _ in traces])
-                _at(ranks[place], record.call, record.samples)
-    return found
+    return _by_step(
+        traces,
+        (
+            (place, record, record.samples)
+            for place, trace in enumerate(traces)
+            for record in trace.records
+            if record.stage == "batch" and not record.unknown
+        ),
+    )
 
 
 def by_content(first: Sequence[Trace], second: Sequence[Trace]) -> tuple[Reads, Reads] | None:
@@ -94,6 +97,12 @@ def misread(
     )
 
 
+def may_agree(got: Sequence[str], want: Sequence[str], *, all_got: bool, all_want: bool) -> bool:
+    """Whether two runs may have read the same, of which not everything that they read is known."""
+    read, wanted = Counter(got), Counter(want)
+    return not (all_want and read - wanted) and not (all_got and wanted - read)
+
+
 def places(wanted: Sequence[str], held: Sequence[str]) -> list[int] | None:
     """For each of the `wanted` samples its place among the `held` ones, each place once; None where one is missing."""
     at: dict[str, list[int]] = defaultdict(list)
@@ -107,10 +116,12 @@ def places(wanted: Sequence[str], held: Sequence[str]) -> list[int] | None:
     return found
 
 
-def _at(parts: list[tuple[str, ...]], call: int, samples: tuple[str, ...]) -> None:
-    while len(parts) <= call:
-        parts.append(())
-    parts[call] = samples
+def _by_step(traces: Sequence[Trace], read: Iterable[tuple[int, Record, tuple[str, ...]]]) -> Reads:
+    found: dict[int, list[dict[int, tuple[str, ...]]]] = {}
+    for place, record, samples in read:
+        found.setdefault(record.step, [{} for _ in traces])[place][record.call] = samples
+    # In order of the calls, whatever their numbers: a recording may skip some, and be anybody's.
+    return {step: [[parts[call] for call in sorted(parts)] for parts in ranks] for step, ranks in found.items()}
 
 
 def _inputs(traces: Sequence[Trace]) -> dict[str, tuple[torch.dtype, list[Tensor]]]:
@@ -118,11 +129,10 @@ def _inputs(traces: Sequence[Trace]) -> dict[str, tuple[torch.dtype, list[Tensor
     found: dict[str, tuple[torch.dtype, list[Tensor]]] = {}
     first = min((record.step for trace in traces for record in trace.records if record.stage == "batch"), default=0)
     for trace in traces:
-        for number, record in enumerate(trace.records):
-            if _is_input(trace, number) and record.step == first:
+        for number in _inputs_of(trace):
+            if trace.records[number].step == first:
                 tensor = trace.tensor(number)
-                if tensor.dim():
-                    found.setdefault(record.part, (tensor.dtype, []))[1].append(tensor)
+                found.setdefault(trace.records[number].part, (tensor.dtype, []))[1].append(tensor)
     return found
 
 
@@ -146,21 +156,23 @@ def _rows(tensor: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _digested(traces: Sequence[Trace], part: str, dtype: torch.dtype) -> Reads:
-    found: Reads = {}
-    for place, trace in enumerate(traces):
-        for number, record in enumerate(trace.records):
-            if record.part == part and _is_input(trace, number):
-                ranks = found.setdefault(record.step, [[] for _ in traces])
-                _at(ranks[place], record.call, _rows(trace.tensor(number), dtype))
-    return found
+    return _by_step(
+        traces,
+        (
+            (place, trace.records[number], _rows(trace.tensor(number), dtype))
+            for place, trace in enumerate(traces)
+            for number in _inputs_of(trace)
+            if trace.records[number].part == part
+        ),
+    )
 
 
-def _is_input(trace: Trace, number: int) -> bool:
-    """Whether record `number` is an input whose values were kept."""
-    record = trace.records[number]
-    if record.stage != "batch" or record.missing:
-        return False
-    return not isinstance(trace, Aligned) or trace.trace.depth(number) == "full"
+def _inputs_of(trace: Trace) -> Iterator[int]:
+    """Numbers of the batch records whose values were kept, by sample."""
+    for number, record in enumerate(trace.records):
+        kept = isinstance(trace, Aligned) and trace.trace.depth(number) == "full" and trace.trace.shape(number)
+        if record.stage == "batch" and kept:
+            yield number
 
 
 def shares_samples(first: Reads, second: Reads) -> bool:

@@ -42,7 +42,7 @@ def told(events: Sequence[Mapping[str, Any]], rename: Callable[[str], str] = str
     wrappers = facts.get("wrappers")
     declared = facts.get("declared")
     return Told(
-        ties=tuple(sorted(tuple(sorted(rename(n) for n in _texts(group))) for group in ties))
+        ties=tuple(sorted(tuple(sorted(map(rename, named))) for group in ties if len(named := _texts(group)) > 1))
         if isinstance(ties, list)
         else (),
         strangers=_texts(facts.get("strangers")),

@@ -6,15 +6,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from shardproof.parallel.names import ROOT
 from shardproof.parallel.piece import Piece
+from shardproof.spec.stages import STAGES
 from shardproof.trace.folder.reader import RankTrace
 from shardproof.trace.record import Record
 from shardproof.trace.trace import Trace
 
 Key = tuple[int, str, str, str]
+
+SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+"""What stands for the dtypes that torch keeps and does not compute with; the largest numbers stay apart as bits do."""
 
 
 class Aligned:
@@ -40,8 +45,28 @@ class Aligned:
         return found
 
     def tensor(self, number: int) -> Tensor:
-        """The tensor of record `number`."""
-        return self.trace.tensor(number)
+        """The tensor of record `number`, in a dtype that torch computes with."""
+        tensor = self.trace.tensor(number)
+        signed = SIGNED.get(tensor.dtype)
+        return tensor if signed is None else tensor.to(signed)
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Its shape, however much was kept of it."""
+        return self.trace.shape(number)
+
+    def unfinished(self, step: int) -> bool:
+        """Whether the rank was cut off, or left its loop, within this step."""
+        ends = {event.get("event") for event in self.trace.events if event.get("step") == step}
+        return "step" not in ends and (step in self._left or (not self.trace.complete and step >= self._last))
+
+    @cached_property
+    def _left(self) -> frozenset[object]:
+        steps = (event.get("step") for event in self.trace.events if event.get("event") == "unfinished")
+        return frozenset(step for step in steps if isinstance(step, int))
+
+    @cached_property
+    def _last(self) -> int:
+        return max((record.step for record in self.records), default=-1)
 
 
 class Only:
@@ -83,6 +108,9 @@ def _undone(record: Record) -> Record:
 
 def _placed(record: Record, name: str, wholes: Mapping[str, tuple[int, ...]]) -> Record:
     """A plain tensor is taken for the whole by who records it; where it is smaller, it is a part."""
+    if record.stage not in STAGES:
+        # What went into a module: a trace may hold it, and two runs owe each other nothing about it.
+        return replace(record, name=name, unknown=True, missing=True)
     piece, whole = record.piece, wholes.get(name)
     by_hand = piece is not None and not piece.declared and whole is not None and record.name != ROOT
     if not by_hand or piece is None or whole is None or whole == piece.whole or len(whole) != len(piece.whole):

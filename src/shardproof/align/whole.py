@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from shardproof.align.side import Side
+from shardproof.align.traces import Aligned
 from shardproof.compare.layouts import joined, split_dim
 from shardproof.compare.measure import wide
 from shardproof.compare.nested import put
 from shardproof.compare.pending import settled
+from shardproof.errors import TraceError
 from shardproof.parallel import piece as pieces
 from shardproof.parallel.piece import Piece
 from shardproof.trace.record import Record
@@ -33,7 +35,8 @@ PER_PART = frozenset({"forward", "backward", "loss"})
 class Whole:
     """The trusted run's tensors, each whole."""
 
-    def __init__(self, entries: Sequence[tuple[Record, Made | None]]) -> None:
+    def __init__(self, label: str, entries: Sequence[tuple[Record, Made | None]]) -> None:
+        self._label = label
         self.records: Sequence[Record] = [record for record, _ in entries]
         self._made = [made for _, made in entries]
 
@@ -47,11 +50,20 @@ class Whole:
         return found
 
     def tensor(self, number: int) -> Tensor:
-        """The whole tensor of record `number`, put together anew each time."""
-        made = self._made[number]
+        """The whole tensor of record `number`, put together anew each time.
+
+        Raises `TraceError` where what the ranks recorded does not fit together.
+        """
+        record, made = self.records[number], self._made[number]
         if made is None:
-            raise LookupError(f"record {number}, {self.records[number].key}, has no tensor")
-        return made()
+            raise LookupError(f"record {number}, {record.key}, has no tensor")
+        try:
+            return made()
+        except RuntimeError as error:
+            raise TraceError(
+                f"{self._label}: step {record.step}, {record.stage} of {record.name}: what its ranks recorded makes up "
+                f"no whole ({error}); record it again, or say with --layout-a how it was laid out"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +97,7 @@ def whole(
             entries += _of_parts(side, other, key, by_place, orders.get(step))
         else:
             entries.append(_of_state(side, by_place))
-    return Whole(entries)
+    return Whole(side.label, entries)
 
 
 def _as_it_is(side: Side, by_place: Mapping[int, Sequence[int]]) -> list[tuple[Record, Made | None]]:
@@ -224,7 +236,8 @@ def _like(other: Side, key: Key) -> Like | None:
                 continue
             if record.piece is not None and record.piece.declared:
                 return Like(shape=record.piece.whole, count=parts[0], tp=1)
-            return Like(shape=tuple(trace.tensor(number).shape), count=parts[0], tp=tp)
+            shape = trace.shape(number) if isinstance(trace, Aligned) else tuple(trace.tensor(number).shape)
+            return Like(shape=shape, count=parts[0], tp=tp)
     return None
 
 

@@ -16,6 +16,10 @@ from shardproof.trace.record import Record
 
 Held = list[tuple[Record, Tensor]]
 
+NOT_CALLED = "the loss was not computed through Step.loss"
+
+NOT_EACH = "the loss was not called once per micro-batch through Step.loss"
+
 BACKWARD = "backward"
 """What backward was called on, micro-batch by micro-batch: divided already by whatever a loop divides it by."""
 
@@ -38,7 +42,7 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     else:
         counts = {len(entries) for entries in per_rank.values()}
         if counts != {observed.microbatches * reference.calls(step, len(wants))}:
-            return replace(base, reason="the loss was not called once per micro-batch through Step.loss")
+            return replace(base, reason=NOT_EACH)
         outcome = _combined(per_rank, want, floor, observed, part)
     lost = outcome.verdict is Verdict.DIFFERENT and drowned(outcome.error, floor, scale(want))
     return replace(
@@ -92,7 +96,7 @@ def _shown(key: Key, observed: Observed) -> dict[int, Held]:
 
 def _no_partner(part: str, in_reference: bool) -> str:
     if in_reference and part != "logged":
-        return "the loss was not computed through Step.loss"
+        return NOT_CALLED
     return "this run shows no such tensor" if in_reference else "the reference has no such tensor"
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardproof.parallel import piece
+from shardproof.parallel.held import plain
 from shardproof.parallel.piece import Piece
 from shardproof.record.quiet import quietly
 from shardproof.record.wanted import NAMELESS, Depth, Names
 from shardproof.trace.folder.writer import Writer
 from shardproof.trace.record import Record
-from shardproof.trace.states import as_kept
 
 
 class Out:
@@ -63,8 +63,6 @@ class Out:
         with quietly():
             if isinstance(tensor, DTensor) and where is None:
                 where = piece.of_tensor(tensor)
-            if where is not None and tensor is not None and tensor.is_complex():
-                where = where.as_real()
             record = Record(
                 step=step,
                 stage=stage,
@@ -76,9 +74,10 @@ class Out:
                 draws=draws,
                 samples=tuple(samples) if stage == "batch" else (),
             )
-            kept = None if tensor is None else as_kept(tensor)
-            along = kept is not None and len(samples) > 0 and kept.dim() > 0 and kept.shape[0] == len(samples)
-            self._open().write(record, kept, depth=self._depths[stage], samples=samples if along else None)
+            local = None if tensor is None else plain(tensor)
+            along = local is not None and len(samples) > 0 and local.dim() > 0 and local.shape[0] == len(samples)
+            # As it is: the writer makes it dense and real, and knows again what it has just seen.
+            self._open().write(record, tensor, depth=self._depths[stage], samples=samples if along else None)
 
     def event(self, kind: str, **facts: object) -> None:
         """Write a fact that is no tensor."""

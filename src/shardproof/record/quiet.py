@@ -17,9 +17,18 @@ def quietly() -> Iterator[None]:
     the recomputation: a copy made in between would be taken for the model's own. Under autocast a sketch would be a
     product in bfloat16.
     """
+    with torch.no_grad(), torch._C._DisableAutocast():
+        # Hardly ever is there a mode, and this is entered for every record.
+        if not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack():
+            yield
+            return
+        with _no_modes():
+            yield
+
+
+@contextlib.contextmanager
+def _no_modes() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch._C._DisableAutocast())
         if torch._C._len_torch_dispatch_stack():
             stack.enter_context(_disable_current_modes())
         if torch._C._len_torch_function_stack():

@@ -36,6 +36,8 @@ class Steps:
         """As they are written in the header of a trace."""
         if isinstance(self.chosen, frozenset):
             return ", ".join(map(str, sorted(self.chosen)))
+        if isinstance(self.chosen, range) and self.chosen.step == 1:
+            return f"{self.chosen[0]}-{self.chosen[-1]}" if len(self.chosen) > 1 else str(self.chosen[0])
         return "all" if self.chosen is None else str(self.chosen)
 
     def __contains__(self, step: int) -> bool:

@@ -65,7 +65,13 @@ def record(  # noqa: PLR0913 (the one line that a user adds to a loop)
     `overwrite`: whether an older trace in `directory` may go.
 
     Passes under `no_grad`, `inference_mode` or `model.eval()` are evaluation, and are not recorded. Outside of the
-    recorded steps only the steps are counted. Raises `UsageError` for arguments that cannot be meant.
+    recorded steps only the steps are counted. A run that is killed leaves a recording that is valid up to there.
+
+    Raises `UsageError` for arguments that cannot be meant, `PatternError` when the model is first seen for `names` that
+    match nothing of it; and when the first record is written `UsageError` for a directory that holds a recording
+    already (`overwrite`), `TraceError` for one that cannot be written.
+
+    `sp.diff` compares two recordings, `shardproof show` prints one; docs/recording.md is a guide.
     """
     return Watch(
         Path(directory),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose.finding import Finding
+from shardproof.report.spelling import apart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +67,11 @@ class Run:
     def ok(self) -> bool:
         """Whether nothing was found and something was compared: no finding, no tensor that differs, some that agree.
 
+        That the ranks read what they should says nothing of what they made of it, and does not count.
         Without a reference nothing need be compared: where all is sharded there are no replicas.
         """
-        verdicts = self.verdicts
-        agree = verdicts[Verdict.EQUAL] + verdicts[Verdict.ROUNDING]
-        return not self.findings and not verdicts[Verdict.DIFFERENT] and (agree > 0 or self.invariants)
+        agree = any(c.verdict in (Verdict.EQUAL, Verdict.ROUNDING) for c in self.comparisons if c.stage != "batch")
+        return not self.findings and not self.verdicts[Verdict.DIFFERENT] and (agree or self.invariants)
 
     @property
     def proven(self) -> bool:
@@ -156,7 +157,7 @@ class Report:
     """Every strategy of a check against the reference."""
 
     experiment: str
-    """What was checked, as a reader knows it."""
+    """What was checked, as a reader knows it; of two recordings the path of the second."""
 
     runs: tuple[Run, ...]
     ranks: int
@@ -164,10 +165,10 @@ class Report:
     dtype: str
     device: str
     reference: str
-    """The trusted run, as `single`."""
+    """The trusted run, as `single`; of two recordings the path of the first."""
 
     warnings: tuple[str, ...] = ()
-    """What the experiment itself hides."""
+    """What the experiment itself hides; of recordings, what is missing of them."""
 
     proofs: tuple[Proof, ...] = ()
     """What planted faults showed, for `prove`: one for each strategy that agreed."""
@@ -189,6 +190,11 @@ class Report:
     def proven(self) -> bool:
         """Whether every strategy is `ok`, and each by gradients or updated weights that were compared."""
         return bool(self.runs) and all(run.proven for run in self.runs)
+
+    @property
+    def trusted(self) -> str:
+        """The reference by a name that is short: of the path of a recording only what tells it from the other."""
+        return apart(self.reference, self.experiment)[0] if self.recorded else self.reference
 
     @property
     def invariants(self) -> bool:

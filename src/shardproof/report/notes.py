@@ -26,7 +26,8 @@ def notes(report: Report, width: int) -> Iterator[Text]:
             # Of two recordings each remark says itself whose it is.
             yield from item(remark if report.recorded else f"{_strategies(report.runs, remark)}: {remark}", width)
     if report.warnings:
-        yield from heading("warnings: what this experiment cannot show", style="bold yellow")
+        what = "these recordings do not show" if report.recorded else "this experiment cannot show"
+        yield from heading(f"warnings: what {what}", style="bold yellow")
         for warning in report.warnings:
             yield from item(warning, width)
 

@@ -16,6 +16,7 @@ from shardproof.errors import UsageError
 from shardproof.report import spelling
 from shardproof.report.lines import INDENT, columns, heading
 from shardproof.report.shown import place
+from shardproof.report.spelling import printable
 from shardproof.spec.stages import STAGES
 from shardproof.trace.folder.line import DEPTHS
 from shardproof.trace.folder.reader import RankTrace, Recording
@@ -30,7 +31,10 @@ NEAR = 6
 
 _ORDER = {stage: position for position, stage in enumerate(STAGES)}
 
-_OWN = frozenset(("shardproof", "version", "rank", "world_size"))
+LONGEST_FACT = 200
+"""Characters of a header's field that is printed."""
+
+_OWN = frozenset(("shardproof", "version", "rank", "world_size", "steps"))
 """Fields of a header that are told in words."""
 
 
@@ -54,20 +58,15 @@ class Chosen:
         )
 
 
-def printable(text: str) -> str:
-    """`text` without characters that steer a terminal: a recording may come from anybody."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def summary(recording: Recording) -> Iterator[Text]:
     """Ranks, steps, what was kept of each stage, and what is wrong with the recording."""
     traces = recording.ranks.values()
     yield Text(f"recording {printable(str(recording.path))}", "bold")
     state = "complete" if recording.complete else "not complete"
     yield Text(f"{spelling.count(recording.world_size, 'rank')}: {spelling.ranks(recording.ranks)}, {state}")
-    yield Text(f"steps: {_steps({record.step for trace in traces for record in trace.records})}")
+    yield Text(f"steps: {_steps_held(recording)}")
     for key, value in _facts(recording):
-        yield Text(f"{key}: {value}")
+        yield Text(f"{printable(key)}: {printable(value)}")
     yield Text()
     yield from _table(
         ["stage", "records", *DEPTHS, "nothing", "bytes"], _by_stage(traces), right=frozenset(range(1, 7))
@@ -144,12 +143,45 @@ def _steps(found: set[int]) -> str:
     return ", ".join([*said, *([spelling.ranks(numbers)] if numbers else [])]) or "none"
 
 
+def _steps_held(recording: Recording) -> str:
+    held = {record.step for trace in recording.ranks.values() for record in trace.records}
+    asked = _header(recording).get("steps")
+    if not isinstance(asked, str) or asked in ("all", spelling.ranks(held - {-1})):
+        return _steps(held)
+    return printable(f"{_steps(held)}; asked for: {asked}")
+
+
 def _facts(recording: Recording) -> Iterator[tuple[str, str]]:
     """What the header of the first rank says beside its own fields, as far as that fits a line."""
-    header: Mapping[str, object] = next(iter(recording.ranks.values())).header
-    for key, value in header.items():
-        if key not in _OWN and not isinstance(value, dict) and len(str(value)) <= 100:
-            yield printable(key), printable(str(value))
+    for key, value in _header(recording).items():
+        said = _fact(key, value)
+        if key not in _OWN and said is not None and len(said) <= LONGEST_FACT:
+            yield key, said
+
+
+def _header(recording: Recording) -> Mapping[str, object]:
+    return next(iter(recording.ranks.values())).header
+
+
+def _fact(key: str, value: object) -> str | None:
+    """A field of a header in words; None for one that says nothing, or that is no matter of one line."""
+    if value is None or (key == "names" and value == ["*"]):
+        return None
+    if key == "what" and isinstance(value, dict):
+        return _depths(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return None if isinstance(value, dict) else str(value)
+
+
+def _depths(what: Mapping[object, object]) -> str:
+    """`full`, or `full of batch, gradient; stats of forward`."""
+    by_depth: dict[str, list[str]] = {}
+    for stage, depth in what.items():
+        by_depth.setdefault(str(depth), []).append(str(stage))
+    if len(by_depth) == 1 and len(what) >= len(STAGES) - 1:
+        return next(iter(by_depth))
+    return "; ".join(f"{depth} of {', '.join(stages)}" for depth, stages in by_depth.items())
 
 
 def _what(trace: RankTrace, number: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from pathlib import PurePath
 
 from shardproof.spec.parallelism import AXES
 
@@ -25,6 +26,25 @@ SHORTEST_NAME = 20
 
 ALL_DIGITS = 17
 """Significant digits that tell any two float64 numbers apart."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with escapes for the characters that would steer a terminal, except those to `keep`.
+
+    Names and messages come from whoever wrote a recording or a model.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)
+
+
+def apart(first: str, second: str) -> tuple[str, str]:
+    """Two paths by as many of their last parts as tell them apart: `single` and `tp2`, `old/tp2` and `new/tp2`."""
+    one, two = (PurePath(path).parts or (path,) for path in (first, second))
+    for count in range(1, max(len(one), len(two))):
+        if one[-count:] != two[-count:]:
+            return str(PurePath(*one[-count:])), str(PurePath(*two[-count:]))
+    return first, second
 
 
 def number(value: float, digits: int = 4) -> str:

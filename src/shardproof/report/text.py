@@ -37,7 +37,15 @@ def render(report: Report, console: Console, *, verbose: bool = False) -> None:
 
 def view(report: Report, width: int, *, verbose: bool = False) -> Iterator[Text]:
     """The lines of the report: what was checked, a row a strategy, notes, first divergences, and the conclusion."""
-    width = max(width, NARROWEST)
+    yield from map(_printable, _lines(report, max(width, NARROWEST), verbose=verbose))
+
+
+def _printable(line: Text) -> Text:
+    """A name may hold anything, even what steers a terminal."""
+    return line if line.plain.isprintable() else Text(spelling.printable(line.plain), line.style)
+
+
+def _lines(report: Report, width: int, *, verbose: bool) -> Iterator[Text]:
     yield from _header(report, width)
     yield Text()
     if report.runs:
@@ -54,6 +62,10 @@ def view(report: Report, width: int, *, verbose: bool = False) -> Iterator[Text]
 
 def conclusion(report: Report, width: int = WIDTH) -> Text:
     """The last line: parity, or the first divergence."""
+    return _printable(_conclusion(report, width))
+
+
+def _conclusion(report: Report, width: int) -> Text:
     diverging = [(run, found) for run in report.runs if (found := finding.first(run)) is not None]
     if diverging:
         return Text(_diverges([run.strategy for run, _ in diverging], diverging[0][1], width), "bold red")
@@ -67,7 +79,9 @@ def conclusion(report: Report, width: int = WIDTH) -> Text:
         who = f"{report.runs[0].strategy} computes"
     else:
         who = f"{spelling.count(len(report.runs), 'strategy')} compute"
-    return Text(f"parity: {who} the same training as {report.reference}", "bold green")
+    # Two recordings are all that is known of two runs, and one of them may end early.
+    far = ", as far as the recordings can be read" if report.recorded and report.warnings else ""
+    return Text(f"parity{far}: {who} the same training as {report.trusted}", "bold green")
 
 
 def _consistent(report: Report) -> Text:
@@ -106,7 +120,7 @@ def _divergences(report: Report, width: int, *, verbose: bool) -> Iterator[Text]
     diverging = [(run, found) for run in report.runs if (found := finding.first(run)) is not None]
     in_full = diverging if verbose else diverging[:1]
     for run, found in in_full:
-        yield from finding.full(run, found, report.reference, width)
+        yield from finding.full(run, found, report.trusted, width)
     others = diverging[len(in_full) :]
     if others:
         yield from heading("the other runs that diverge, where each does so first")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import platform
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ TRAILING = 64
 """Trailing dims of the canonical tensor are taken together until they hold so many elements; rows are cut from these,
 so that a slice along an earlier dim keeps whole rows."""
 
-CHUNK = {"cpu": 2**20, "cuda": 2**24}
+CHUNK = {"cpu": 2**19, "cuda": 2**24}
 """Elements multiplied at once, by kind of device: on a CPU what is read in another dtype must stay in its caches."""
 
 KEPT_BYTES = 2**26
@@ -55,9 +56,12 @@ makes sketches that have nothing in common with older ones."""
 LONG = 2**16
 """Elements from which on oneDNN is quicker than MKL."""
 
-ONEDNN: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-"""x @ w.t() by oneDNN, which `torch.mm` keeps for lower precisions. Its name is torch's own business: without it `mm`
-does the same."""
+ONEDNN: Callable[..., Tensor] | None = None
+"""x @ w.t() by oneDNN on x86, which `torch.mm` keeps for lower precisions. Its name is torch's own business: without it
+`mm` does the same."""
+
+if torch._C._has_mkldnn and platform.machine() in ("x86_64", "AMD64"):
+    ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 COLUMN_SEED = 20_439
 """Where the counter of columns starts: of the numbers below 60000, the one under which constant rows, of any length
@@ -119,9 +123,19 @@ class _Cut:
     """Elements of a row; the last one of the trailing dims may be shorter."""
 
     @property
+    def columns(self) -> int:
+        """Elements of the trailing dims together."""
+        return math.prod(self.trailing)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows are equally long."""
+        return self.columns % self.width == 0
+
+    @property
     def rows(self) -> int:
         """Rows that the trailing dims make."""
-        return -(-math.prod(self.trailing) // self.width)
+        return -(-self.columns // self.width)
 
 
 @lru_cache(4096)
@@ -178,7 +192,7 @@ class _Block:
         chunk = CHUNK.get(self.values.device.type, CHUNK["cpu"])
         columns = min(self.values.shape[1], max(chunk // across, 1) * across)
         down = max(chunk // columns, 1)
-        signs = _column_signs(self.values.device, dtype)[:, start : start + across]
+        signs = _column_signs(self.values.device, dtype)[:, start : start + across].contiguous()
         for left in range(0, self.values.shape[1], columns):
             part = self.values[:, left : left + columns]
             first, count = (self.column + left) // width, part.shape[1] // across
@@ -227,6 +241,11 @@ def _blocks(tensor: Tensor, piece: Piece, samples: Sequence[str] | None) -> Iter
         return
     if samples is None:
         cut = _cut(piece.whole, by_sample=False)
+        if piece.shape == piece.whole and piece.stretch is None and tensor.is_contiguous() and cut.even:
+            # Most tensors: nothing has to be cut.
+            flat, origin = tensor.reshape(-1, cut.columns), (0,) * len(cut.lead)
+            yield _Block(flat, cut=cut, whole=cut.lead, offset=origin, shape=cut.lead, column=0, samples=None)
+            return
         parts = _boxes(tensor, piece)
         whole = piece.whole
     else:
@@ -451,7 +470,9 @@ def _product(values: Tensor, signs: Tensor) -> Tensor:
 def _of_all_digits(values: Tensor, signs: Tensor) -> Tensor:
     """The product in float32. With few columns oneDNN is twice as quick as MKL, where there are enough rows."""
     long = values.device.type == "cpu" and values.shape[0] > values.shape[1] and values.numel() >= LONG
-    if ONEDNN is None or not long or not torch.backends.mkldnn.enabled:
+    # Of strided matrices it has only a plain loop, a thousand times slower.
+    dense = values.is_contiguous() and signs.is_contiguous()
+    if ONEDNN is None or not (long and dense and torch.backends.mkldnn.enabled):
         return torch.mm(values, signs.t())
     made: Tensor = ONEDNN(values, signs, None, "none", [], "")
     return made

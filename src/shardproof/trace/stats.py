@@ -13,8 +13,11 @@ CHUNK = {"cpu": 2**19, "cuda": 2**24}
 """Elements that all passes read before the next ones are touched, by kind of device: a CPU keeps them in its cache.
 Fewer would keep them closer, and let threads wait for each other more often."""
 
-ROW = 2**12
+ROW = 2**10
 """Elements whose squares are summed in their own dtype; sums of rows are added in float64."""
+
+SHORT = 4 * ROW
+"""Elements up to which fewer calls are worth more than fewer nanoseconds an element."""
 
 LANES = 2**6
 """Words of eight flags each that are added as one: 256 flags would run over into the next byte."""
@@ -128,6 +131,12 @@ def stats_of(tensor: Tensor) -> Stats:
     return found[0] if len(found) == 1 else combined(found)
 
 
+@torch.no_grad()
+def has_sum(tensor: Tensor, total: float) -> bool:
+    """Whether the sum that `stats_of` would find in a real tensor on a CPU is still `total`, bit by bit."""
+    return float(sum(chunk.sum().item() for chunk in _chunks(tensor.detach()))) == total
+
+
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
     """All elements, flat, in chunks of a dtype that can be summed."""
     most = CHUNK.get(tensor.device.type, CHUNK["cpu"])
@@ -179,7 +188,7 @@ def _of_chunk(values: Tensor) -> Stats:
 
 
 def _square_sum(values: Tensor) -> float:
-    if values.numel() < ROW:
+    if values.numel() < SHORT:
         return float(values.dot(values))
     whole = values.numel() - values.numel() % ROW
     rest, norms = values[whole:], torch.linalg.vector_norm(values[:whole].view(-1, ROW), dim=1).double()
@@ -188,7 +197,7 @@ def _square_sum(values: Tensor) -> float:
 
 def _zeros(values: Tensor) -> int:
     """How many elements are 0: one byte says so of each, and the bytes are added eight at a time."""
-    if values.numel() < ROW:
+    if values.numel() < SHORT:
         return values.numel() - int(values.count_nonzero())
     whole = values.numel() - values.numel() % (8 * LANES)
     lanes = values[:whole].bool().view(torch.int64).view(LANES, -1).sum(0)

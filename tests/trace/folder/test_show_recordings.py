@@ -10,7 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from shardproof import cli
-from shardproof.report.recorded import printable, size
+from shardproof.report.recorded import size
+from shardproof.report.spelling import printable
 from shardproof.trace.folder.writer import Writer
 from shardproof.trace.record import Record
 

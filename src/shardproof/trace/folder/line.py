@@ -94,9 +94,12 @@ class Kept(NamedTuple):
 # Writing.
 
 
+_AS_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def dumps(plain: Mapping[str, Any]) -> bytes:
     """`plain` as one line, its end included."""
-    text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = _AS_JSON.encode(plain)
     # A name that no reader of UTF-8 would take (half a surrogate pair) is not worth a run that stops.
     return text.encode("utf-8", "replace") + b"\n"
 
@@ -109,7 +112,8 @@ def record_line(record: Record, kept: Kept) -> bytes:
     if kept.depth is not None and kept.dtype is not None:
         plain |= {"depth": kept.depth, "shape": list(kept.shape), "dtype": NAMES[kept.dtype]}
         if kept.stats is not None:
-            plain["stats"] = {name: jsonable(n) for name, n in zip(STATS_FIELDS, kept.stats, strict=True)}
+            numbers = kept.stats if all(map(math.isfinite, kept.stats)) else map(jsonable, kept.stats)
+            plain["stats"] = dict(zip(STATS_FIELDS, numbers, strict=True))
         place = {"file": kept.file, "at": kept.at, "bytes": kept.bytes}
         if kept.sketch_dtype is not None:
             plain["sketch"] = {"by": kept.keyed, "dtype": NAMES[kept.sketch_dtype], **place}

@@ -22,6 +22,9 @@ LENGTH_BYTES = 8
 """Of the number in front that says how long the header is."""
 
 
+_QUOTED = json.JSONEncoder(ensure_ascii=False).encode
+
+
 class GrowingFile:
     """A new safetensors file. Opens with plain `safetensors` whenever `fill` has run and nothing was added since."""
 
@@ -84,11 +87,10 @@ class GrowingFile:
             os.close(self._fd)
 
     def _entry(self, name: str, dtype: torch.dtype, shape: Sequence[int], start: int, stop: int) -> None:
-        place = [start - self._stop, stop - self._stop]
-        entry = json.dumps(
-            {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": place}, separators=(",", ":")
-        )
-        text = f",{json.dumps(name, ensure_ascii=False)}:{entry}"
+        # By hand, as nothing in it needs quoting but the name: this is called for every tensor of a recorded step.
+        sizes, place = ",".join(map(str, shape)), f"{start - self._stop},{stop - self._stop}"
+        entry = f'{{"dtype":"{SAFETENSORS[dtype]}","shape":[{sizes}],"data_offsets":[{place}]}}'
+        text = f",{_QUOTED(name)}:{entry}"
         self._pending.append(text)
         self._pending_bytes += len(text.encode())
 

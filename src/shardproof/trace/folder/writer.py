@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -19,6 +20,7 @@ from shardproof.parallel.held import plain
 from shardproof.parallel.piece import Piece
 from shardproof.trace.folder.dtypes import NAMES
 from shardproof.trace.folder.header import MOST_RANKS, VERSION
+from shardproof.trace.folder.lately import Lately, Numbers
 from shardproof.trace.folder.line import (
     DEEPEST,
     DEPTHS,
@@ -37,7 +39,7 @@ from shardproof.trace.folder.names import data_name, files_of_ranks, index_name
 from shardproof.trace.folder.safetensors_file import GrowingFile, write
 from shardproof.trace.record import Record
 from shardproof.trace.sketch import sketch
-from shardproof.trace.stats import stats_of
+from shardproof.trace.stats import Stats, stats_of
 
 Depth = Literal["full", "sketch", "stats"]
 
@@ -52,6 +54,8 @@ HEADER_BYTES = 128 * 2**10
 
 LARGEST_HEADER_BYTES = 16 * 2**20
 """Each further file has four times the room of the one before it, up to this. safetensors reads up to 100 MB."""
+
+_IN_ORDER: Callable[[Stats], tuple[int | float, ...]] = attrgetter(*STATS_FIELDS)
 
 _COMPLEX = {torch.complex64, torch.complex128}
 
@@ -88,6 +92,7 @@ class Writer:
         self._files = 0
         self._room = HEADER_BYTES
         self._over = False
+        self._lately = Lately()
         self._flushed_s = time.monotonic()
         try:
             self._make_room(overwrite=overwrite)
@@ -128,9 +133,9 @@ class Writer:
         if tensor is None or record.unknown:
             record = replace(record, missing=not record.unknown, piece=None if record.unknown else record.piece)
         else:
-            record, local = _as_kept(replace(record, missing=False), tensor.detach())
+            record, local = _as_kept(replace(record, missing=False) if record.missing else record, tensor.detach())
             if local is not None:
-                kept = self._kept(record, local, depth, samples)
+                kept = self._kept(record, local, depth, samples, tensor)
         self._lines.append(record_line(record, kept))
         self._records += 1
         if len(self._lines) >= FLUSH_RECORDS or time.monotonic() - self._flushed_s > FLUSH_S:
@@ -161,16 +166,20 @@ class Writer:
 
     # What is kept of a tensor.
 
-    def _kept(self, record: Record, local: Tensor, depth: Depth, samples: Sequence[str] | None) -> Kept:
+    def _kept(self, record: Record, local: Tensor, depth: Depth, samples: Sequence[str] | None, given: Tensor) -> Kept:
+        """`local` is what is kept of `given`, the very object that the run holds."""
         shape = tuple(local.shape)
         if depth == "full":
             file, at, size = self._append(record, local, "")
             return Kept("full", shape, local.dtype, file, at, size)
-        numbers = stats_of(local).to_dict()
-        stats = tuple(numbers[field] for field in STATS_FIELDS)
-        if depth == "stats":
+        found = self._lately.find(given, record.piece, samples, depth)
+        if found is None:
+            rows = sketch(local, record.piece, samples) if depth == "sketch" else None
+            found = Numbers(stats_of(local), rows)
+            self._lately.put(given, record.piece, samples, depth, found)
+        stats, rows = _IN_ORDER(found.stats), found.rows
+        if rows is None:
             return Kept("stats", shape, local.dtype, stats=stats)
-        rows = sketch(local, record.piece, samples)
         file, at, size = self._append(record, rows, " sketch")
         keyed = "index" if samples is None else "samples"
         return Kept("sketch", shape, local.dtype, file, at, size, keyed, rows.dtype, stats)
