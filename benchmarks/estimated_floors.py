@@ -37,7 +37,7 @@ from shardproof.report.progress import Silent
 from shardproof.session import Session
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.strategies import parse
-from shardproof.trace.trace import Trace
+from shardproof.trace.file import TraceFile
 from shardproof.worker import Worker
 from shardproof.zoo.setting import Setting
 from shardproof.zoo.table import BUGS, CONTROLS
@@ -103,7 +103,7 @@ class Twice(Worker):
     ) -> list[Comparison]:
         """As `Worker.compare`; the rows of all steps are left in a file."""
         if ranks.index(place.rank) == 0:
-            reference = Trace(self.trace(trusted, 0))
+            reference = TraceFile(self.trace(trusted, 0))
             both = []
             for own in (floors, None):
                 found = self._judged(name, reference, own, observed, parts)
@@ -119,7 +119,7 @@ class Twice(Worker):
     def _judged(
         self,
         name: str,
-        reference: Trace,
+        reference: TraceFile,
         floors: Mapping[int, float] | None,
         observed: Observed,
         parts: Sequence[Sequence[tuple[int, int]]],

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from shardproof.align.describe import described, dtypes, without_partner
-from shardproof.align.kept import coarsest, compare_kept, sketched_keys
+from shardproof.align.kept import coarsest, compare_kept, of_weights, sketched_keys
 from shardproof.align.names import Rule
 from shardproof.align.pair import Pair, pair
 from shardproof.align.side import Side
@@ -202,7 +202,7 @@ class Compared:
             )
             made._by_value(lambda _comparison: None)
         else:
-            estimate = Estimate(held, eps=coarsest(found.got))
+            estimate = Estimate(held, eps=coarsest(found.got), kept=of_weights(found.got))
             made = cls(found=found, reference=held, floors=estimate, valued=valued, alike=alike)
             made._by_value(estimate.saw)
         made._by_sketch(rough)
@@ -341,8 +341,9 @@ def _random(comparison: Comparison) -> Comparison:
 
 
 def _drew_alike(want: Side, got: Side) -> bool:
-    """Whether the two sides are laid out alike, and each place drew the same numbers for each output."""
-    if want.layout.parallelism != got.layout.parallelism:
+    """Whether the two sides have the same data ranks and TP peers, and each drew the same numbers for each output."""
+    meshes = [(side.layout.parallelism.dp, side.layout.parallelism.tp) for side in (want, got)]
+    if meshes[0] != meshes[1]:
         return False
     drawn = [
         [{(r.key, r.call): r.draws for r in trace.records if r.draws} for trace in side.traces] for side in (want, got)

@@ -144,7 +144,13 @@ def coarsest(*sides: Side) -> float:
     return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
 
 
-def _dtypes(side: Side) -> set[torch.dtype]:
+def of_weights(side: Side) -> float:
+    """One unit in the last place of 1 in the coarsest dtype in which a run keeps its weights; 0 where it shows none."""
+    dtypes = _dtypes(side, ("update", "initial-state"))
+    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+
+
+def _dtypes(side: Side, stages: Sequence[str] = ("forward", "gradient", "update")) -> set[torch.dtype]:
     found: dict[str, set[torch.dtype]] = {}
     for trace in side.traces:
         if not isinstance(trace, Aligned):
@@ -155,7 +161,7 @@ def _dtypes(side: Side) -> set[torch.dtype]:
                 found.setdefault(record.stage, set()).add(dtype)
         # Every rank runs the same modules.
         break
-    return next((found[stage] for stage in ("forward", "gradient", "update") if stage in found), set())
+    return next((found[stage] for stage in stages if stage in found), set())
 
 
 def norm_of(side: sketched.Side) -> float:

@@ -56,6 +56,30 @@ def by_content(first: Sequence[Trace], second: Sequence[Trace]) -> tuple[Reads, 
     return _digested(first, left, common), _digested(second, right, common)
 
 
+def unpadded(first: Sequence[Trace], second: Sequence[Trace]) -> tuple[Reads, Reads] | None:
+    """Both sides' reads by one input of whole numbers without what fills it up at either end; None where no such
+    input makes the first step of both the same.
+
+    A loop that pads each part of a batch to a length of its own reads the same samples in other shapes.
+    """
+    one, two = _inputs(first), _inputs(second)
+    for part in one.keys() & two.keys():
+        tensors = [*one[part][1], *two[part][1]]
+        if len({tensor.shape[1:] for tensor in tensors}) < 2 or any(_is_number(t) or t.dim() != 2 for t in tensors):
+            continue
+        # The filler is what most samples end with; where it is no filler, it is taken from both sides alike.
+        ends = torch.cat([tensor[:, -1].to(torch.int64) for tensor in tensors if tensor.numel()])
+        filler = int(ends.mode().values) if len(ends) else 0
+        reads = _digested(first, part, torch.int64, filler), _digested(second, part, torch.int64, filler)
+        if same_samples(*reads):
+            return reads
+    return None
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def misread(
     got: Sequence[Sequence[tuple[str, ...]]],
     want: Sequence[str],
@@ -119,7 +143,10 @@ def places(wanted: Sequence[str], held: Sequence[str]) -> list[int] | None:
 def _by_step(traces: Sequence[Trace], read: Iterable[tuple[int, Record, tuple[str, ...]]]) -> Reads:
     found: dict[int, list[dict[int, tuple[str, ...]]]] = {}
     for place, record, samples in read:
-        found.setdefault(record.step, [{} for _ in traces])[place][record.call] = samples
+        own = found.setdefault(record.step, [{} for _ in traces])[place]
+        # What a loop calls its model with once more before backward may be the model's own output.
+        if not own.get(record.call):
+            own[record.call] = samples
     # In order of the calls, whatever their numbers: a recording may skip some, and be anybody's.
     return {step: [[parts[call] for call in sorted(parts)] for parts in ranks] for step, ranks in found.items()}
 
@@ -149,17 +176,25 @@ def _counted(tensors: Sequence[Tensor], dtype: torch.dtype) -> Counter[str]:
     return Counter(digest for tensor in tensors for digest in _rows(tensor, dtype))
 
 
-def _rows(tensor: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
+def _rows(tensor: Tensor, dtype: torch.dtype, filler: int | None = None) -> tuple[str, ...]:
+    if filler is not None:
+        return tuple(_without(row, filler) for row in tensor.to(dtype))
     rows = tensor.to(dtype).contiguous().reshape(tensor.shape[0], -1)
     words = rows.view(torch.uint8).numpy()
     return tuple(hashlib.blake2b(row.tobytes(), digest_size=12).hexdigest() for row in words)
 
 
-def _digested(traces: Sequence[Trace], part: str, dtype: torch.dtype) -> Reads:
+def _without(row: Tensor, filler: int) -> str:
+    kept = (row != filler).nonzero()
+    inside = row[int(kept[0]) : int(kept[-1]) + 1] if len(kept) else row[:0]
+    return hashlib.blake2b(inside.contiguous().numpy().tobytes(), digest_size=12).hexdigest()
+
+
+def _digested(traces: Sequence[Trace], part: str, dtype: torch.dtype, filler: int | None = None) -> Reads:
     return _by_step(
         traces,
         (
-            (place, trace.records[number], _rows(trace.tensor(number), dtype))
+            (place, trace.records[number], _rows(trace.tensor(number), dtype, filler))
             for place, trace in enumerate(traces)
             for number in _inputs_of(trace)
             if trace.records[number].part == part
@@ -177,11 +212,23 @@ def _inputs_of(trace: Trace) -> Iterator[int]:
 
 def shares_samples(first: Reads, second: Reads) -> bool:
     """Whether the first step that both show has a sample in common."""
-    steps = sorted(first.keys() & second.keys())
-    if not steps:
-        return False
-    one, two = ({sample for rank in reads[steps[0]] for part in rank for sample in part} for reads in (first, second))
+    one, two = _at_first(first, second)
     return bool(one & two)
+
+
+def same_samples(first: Reads, second: Reads) -> bool:
+    """Whether the first step that both show has the same samples, whatever ranks and peers read them."""
+    one, two = _at_first(first, second)
+    return one == two
+
+
+def _at_first(first: Reads, second: Reads) -> tuple[set[str], set[str]]:
+    steps = sorted(first.keys() & second.keys())[:1]
+    one, two = (
+        {sample for step in steps for rank in reads[step] for part in rank for sample in part}
+        for reads in (first, second)
+    )
+    return one, two
 
 
 def counted(samples: Mapping[int, Sequence[Sequence[int]]], step: int) -> int:

@@ -50,10 +50,6 @@ class Aligned:
         signed = SIGNED.get(tensor.dtype)
         return tensor if signed is None else tensor.to(signed)
 
-    def shape(self, number: int) -> tuple[int, ...]:
-        """Its shape, however much was kept of it."""
-        return self.trace.shape(number)
-
     def unfinished(self, step: int) -> bool:
         """Whether the rank was cut off, or left its loop, within this step."""
         ends = {event.get("event") for event in self.trace.events if event.get("step") == step}
@@ -67,6 +63,10 @@ class Aligned:
     @cached_property
     def _last(self) -> int:
         return max((record.step for record in self.records), default=-1)
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Shape of the tensor of record `number` as the rank held it, without reading it."""
+        return self.trace.shape(number)
 
 
 class Only:

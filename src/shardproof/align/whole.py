@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from shardproof.align.arranged import Arrangement, arrangement
 from shardproof.align.side import Side
 from shardproof.align.traces import Aligned
 from shardproof.compare.layouts import joined, split_dim
@@ -23,6 +24,7 @@ from shardproof.errors import TraceError
 from shardproof.parallel import piece as pieces
 from shardproof.parallel.piece import Piece
 from shardproof.trace.record import Record
+from shardproof.trace.trace import Trace
 
 Key = tuple[int, str, str, str]
 
@@ -88,16 +90,52 @@ def whole(
             if key in without:
                 continue
             shown.setdefault(key, {})[place] = numbers if isinstance(numbers, list) else list(numbers)
+    arranged = _arranged(side, other, shown)
     entries: list[tuple[Record, Made | None]] = []
     for key, by_place in shown.items():
-        step, stage, _, _ = key
+        step, stage, name, _ = key
         if stage == "batch":
             entries += _as_it_is(side, by_place)
         elif stage in PER_PART:
-            entries += _of_parts(side, other, key, by_place, orders.get(step))
+            own = next((arranged[n] for n in (f"{name}.weight", f"{name}.bias") if n in arranged), None)
+            entries += _of_parts(side, other, key, by_place, orders.get(step), own)
         else:
-            entries.append(_of_state(side, by_place))
+            entries.append(_of_state(side, by_place, arranged.get(name)))
     return Whole(side.label, entries)
+
+
+def _arranged(side: Side, other: Side, shown: Mapping[Key, Mapping[int, Sequence[int]]]) -> dict[str, Arrangement]:
+    """Name -> how the hand-made parts of a parameter make up what the other run first showed of it, where they do not
+    lie one after the other."""
+    found: dict[str, Arrangement] = {}
+    asked: set[str] = set()
+    for key in sorted((k for k in shown if k[1] in ("initial-state", "update") and not k[3]), key=lambda k: k[0]):
+        name = key[2]
+        numbers = {p: trace.by_key[key][-1] for p, trace in enumerate(side.traces) if key in trace.by_key}
+        records = {p: side.traces[p].records[number] for p, number in numbers.items()}
+        peers = _by_hand(records, side)
+        theirs = {p: trace.by_key[key] for p, trace in enumerate(other.traces) if key in trace.by_key}
+        if name in asked or not peers or not theirs:
+            continue
+        asked.add(name)
+        _, made = _of_state(other, theirs, None)
+        whole = None if made is None else made()
+        pieces = [side.traces[p].tensor(numbers[p]) for p in peers]
+        at = None
+        if whole is not None and whole.is_floating_point() and all(p.dim() == whole.dim() > 0 for p in pieces):
+            at = arrangement([piece.to(whole.dtype) for piece in pieces], whole)
+        if at is not None:
+            found[name] = at
+    return found
+
+
+def _by_hand(records: Mapping[int, Record], side: Side) -> list[int]:
+    """Places of the first tensor-parallel group whose plain tensors are smaller than the whole; empty if none are."""
+    tp = side.layout.parallelism.tp
+    found = [
+        p for p, r in records.items() if not r.missing and (at := r.piece) and not at.declared and at.shape != at.whole
+    ]
+    return [p for p in found if p // tp == found[0] // tp]
 
 
 def _as_it_is(side: Side, by_place: Mapping[int, Sequence[int]]) -> list[tuple[Record, Made | None]]:
@@ -110,7 +148,9 @@ def _as_it_is(side: Side, by_place: Mapping[int, Sequence[int]]) -> list[tuple[R
 # The state of the model: parameters, gradients, optimizer state, buffers.
 
 
-def _of_state(side: Side, by_place: Mapping[int, Sequence[int]]) -> tuple[Record, Made | None]:
+def _of_state(
+    side: Side, by_place: Mapping[int, Sequence[int]], arranged: Arrangement | None
+) -> tuple[Record, Made | None]:
     held = {place: (side.traces[place], numbers[-1]) for place, numbers in by_place.items()}
     records = {place: trace.records[number] for place, (trace, number) in held.items()}
     first = next(iter(records.values()))
@@ -122,16 +162,17 @@ def _of_state(side: Side, by_place: Mapping[int, Sequence[int]]) -> tuple[Record
         trace, number = held[plain]
         return replace(records[plain], missing=False), partial(trace.tensor, number)
     shape = next((record.piece.whole for record in records.values() if record.piece is not None), ())
-    by_hand = [p for p in present if (at := records[p].piece) is not None and not at.declared and at.shape != at.whole]
-    if by_hand:
-        tp = side.layout.parallelism.tp
-        peers = [p for p in by_hand if p // tp == by_hand[0] // tp]
+    peers = _by_hand(records, side)
+    if peers:
         local = [records[p].piece for p in peers]
+        if arranged is not None and len(peers) == len(arranged.index):
+            record = replace(first, piece=pieces.whole(shape), missing=False)
+            return record, partial(_joined_by_hand, [held[p] for p in peers], arranged)
         dim = split_dim([torch.empty(at.shape, device="meta") for at in local if at is not None], shape)
         record = replace(first, piece=pieces.whole(shape), missing=False)
         if dim is None:
             return replace(record, unknown=True), None
-        return record, partial(_joined_by_hand, [held[p] for p in peers], shape[dim], dim)
+        return record, partial(_joined_in_order, [held[p] for p in peers], shape[dim], dim)
     covered = {at for p in present if (at := records[p].piece) is not None}
     record = replace(first, piece=pieces.whole(shape), missing=False)
     if sum(prod(at.local_shape) for at in {replace(at, pending=()) for at in covered}) < prod(shape):
@@ -144,8 +185,12 @@ def _pending(record: Record) -> bool:
     return record.piece is not None and bool(record.piece.pending)
 
 
-def _joined_by_hand(held: Sequence[tuple[object, int]], size: int, dim: int) -> Tensor:
-    return joined([trace.tensor(number) for trace, number in held], size, dim)  # type: ignore[attr-defined]
+def _joined_in_order(held: Sequence[tuple[Trace, int]], size: int, dim: int) -> Tensor:
+    return joined([trace.tensor(number) for trace, number in held], size, dim)
+
+
+def _joined_by_hand(held: Sequence[tuple[Trace, int]], arranged: Arrangement) -> Tensor:
+    return arranged.put_together([trace.tensor(number) for trace, number in held], arranged.dim)
 
 
 def _assembled(side: Side, held: Mapping[int, int], shape: tuple[int, ...]) -> Tensor:
@@ -173,7 +218,12 @@ def _assembled(side: Side, held: Mapping[int, int], shape: tuple[int, ...]) -> T
 
 
 def _of_parts(
-    side: Side, other: Side, key: Key, by_place: Mapping[int, Sequence[int]], order: Sequence[int] | None
+    side: Side,
+    other: Side,
+    key: Key,
+    by_place: Mapping[int, Sequence[int]],
+    order: Sequence[int] | None,
+    arranged: Arrangement | None,
 ) -> list[tuple[Record, Made | None]]:
     step, stage, _, _ = key
     tp, many = side.layout.parallelism.tp, side.microbatches(step)
@@ -186,7 +236,7 @@ def _of_parts(
     first = side.traces[place].records[numbers[0]]
     if len(counts) != 1 or len(by_call) != len(side.traces) or (calls := divmod(counts.pop(), many))[1]:
         return [(replace(first, unknown=True, piece=None), None)]
-    like = _like(other, key)
+    like = replace(_like(other, key) or NOTHING, arranged=arranged, adds=stage == "backward")
     found: list[tuple[Record, Made | None]] = []
     for call in range(calls[0]):
         cells = [
@@ -197,6 +247,10 @@ def _of_parts(
             for rank, m, count in side.parts(step)
             if count
         ]
+        if not _joinable(side, cells):
+            # Padded to a length of its own, or a token's share of an expert: no one tensor holds all parts.
+            found.append((replace(first, call=call, unknown=True, piece=None), None))
+            continue
         at = first.piece if len(side.traces) == 1 else None
         record = replace(first, call=call, piece=None if at is None or not at.declared else at, missing=False)
         if stage == "loss":
@@ -204,6 +258,26 @@ def _of_parts(
         else:
             found.append((record, partial(_batch, side, cells, stage, like, order)))
     return found
+
+
+def _joinable(side: Side, cells: Sequence[Cell]) -> bool:
+    """Whether the parts of a batch differ in shape along one dim at most, and there as their samples do."""
+    shapes = [_shape(side, *cell.peers[0]) for cell in cells]
+    if len({len(shape) for shape in shapes}) > 1:
+        return False
+    return all(
+        sum(a != b for a, b in zip(shape, shapes[0], strict=True)) <= 1
+        and all(a == b or a * cells[0].count == b * cell.count for a, b in zip(shape, shapes[0], strict=True))
+        for shape, cell in zip(shapes, cells, strict=True)
+    )
+
+
+def _shape(side: Side, place: int, number: int) -> tuple[int, ...]:
+    trace = side.traces[place]
+    piece = trace.records[number].piece
+    if piece is not None:
+        return piece.whole
+    return trace.shape(number) if isinstance(trace, Aligned) else tuple(trace.tensor(number).shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,10 +294,18 @@ class Cell:
 class Like:
     """How the other side shows the same output."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
+    """None where it does not show it."""
     count: int
     """Samples in it."""
     tp: int
+    arranged: Arrangement | None = None
+    """How the parameters of the module are cut on this side, and with them its output."""
+    adds: bool = False
+    """Whether what several peers hold of the same places are addends of one whole."""
+
+
+NOTHING = Like(shape=None, count=1, tp=1)
 
 
 def _like(other: Side, key: Key) -> Like | None:
@@ -282,7 +364,7 @@ def _batch_dim(shape: tuple[int, ...], count: int, like: Like | None) -> int | N
     """Which dim holds the samples: the one as long as there are samples, else one that is a multiple; the first."""
 
     def fits(dim: int) -> bool:
-        if like is None or len(like.shape) != len(shape):
+        if like is None or like.shape is None or len(like.shape) != len(shape):
             return True
         if shape[dim] == like.shape[dim]:
             return count == like.count
@@ -307,6 +389,10 @@ def _cell(side: Side, cell: Cell, like: Like | None) -> Tensor:
                 put(made, piece, done[place])
         return made
     peers = list(tensors.values())
+    at = None if like is None else like.arranged
+    # The rows of a weight are the features of its output, which come last.
+    if like is not None and at is not None and at.dim == 0 and first.dim() and at.fits(peers, -1):
+        return at.put_together(peers, first.dim() - 1, add=like.adds)
     if len(peers) == 1 or all(p.shape == first.shape and torch.equal(p, first) for p in peers):
         return first
     return _joined(peers, cell.count, like)
@@ -315,7 +401,7 @@ def _cell(side: Side, cell: Cell, like: Like | None) -> Tensor:
 def _joined(peers: list[Tensor], count: int, like: Like | None) -> Tensor:
     """Peers that show different tensors: slices, or addends where the other side's one tensor has their shape."""
     tp, shape = len(peers), tuple(peers[0].shape)
-    if like is not None and len(like.shape) == len(shape):
+    if like is not None and like.shape is not None and len(like.shape) == len(shape):
         of_samples = _batch_dim(shape, count, like)
         for dim in range(len(shape)):
             cut = shape[dim] != like.shape[dim] and shape[dim] * tp in (like.shape[dim], like.shape[dim] * like.tp)

@@ -116,10 +116,10 @@ class Estimate(Mapping[int, float]):
     does: floors of a later step rest on how far apart the weights were found before it. What was asked once stays.
     """
 
-    def __init__(self, reference: Trace, *, eps: float = 0.0) -> None:
+    def __init__(self, reference: Trace, *, eps: float = 0.0, kept: float = 0.0) -> None:
         """`eps`: one unit in the last place of 1 where products are rounded more coarsely than any tensor shows, as
-        2**-10 for TF32."""
-        self._trace, self._least_eps = reference, eps
+        2**-10 for TF32. `kept`: the same of the dtype in which the other run keeps its weights."""
+        self._trace, self._least_eps, self._kept = reference, eps, kept
         self._floors: dict[Key, float] = {}
         self._shown: dict[Key, _Shown] = {}
         self._drifts: dict[str, _Drift] = {}
@@ -418,7 +418,8 @@ class Estimate(Mapping[int, float]):
         """How far apart it was before, and how far apart the step itself may take it."""
         step, _, name, _ = key
         drift = self._drifts.setdefault(name, _Drift())
-        last = shown.size * shown.eps
+        eps = max(shown.eps, self._kept)
+        last = shown.size * eps
         old = self._tensor(self._before(key))
         gradient = self._gradient_key(step, name)
         states = [k for k in self._steps[step].keys["optimizer-state"] if k[2] == name]
@@ -430,7 +431,7 @@ class Estimate(Mapping[int, float]):
         if moment is None or old is None or new is None or base is None or not new.shape == old.shape == base.shape:
             return drift.most + last
         noise = self.floor(moment)
-        moved = _moved(new, old, base, noise, shown.eps, normalised=normalised)
+        moved = _moved(new, old, base, noise, eps, normalised=normalised)
         far, most = moved.far, moved.told
         if normalised:
             # Divided by its own size, a gradient of noise moves a weight as far as any other, one way or the other.

@@ -12,6 +12,14 @@ from shardproof.diagnose.factors import axis_name
 from shardproof.parallel.names import ROOT
 from shardproof.spec.parallelism import AXES
 
+FIX = (
+    "take the norm over all shards once: sum squares over the axes along which a gradient is cut, count what "
+    "is replicated once, and clip every rank by that one norm"
+)
+
+SAME_NORM = 1e-3
+"""By how much norms may differ to which ranks have clipped: what they add before they divide leaves as much."""
+
 
 def clipped(case: Case) -> Diagnosis | None:
     """The norm, or the coefficient made from it."""
@@ -42,8 +50,7 @@ def clipped(case: Case) -> Diagnosis | None:
         axis=_axis(per_rank, case),
         factor=case.first.ratio,
         evidence="; ".join([before, *said]),
-        fix="take the norm over all shards once: sum squares over the axes along which a gradient is cut, count what "
-        "is replicated once, and clip every rank by that one norm",
+        fix=FIX,
     )
 
 
@@ -61,14 +68,43 @@ def _axis(per_rank: dict[int, float], case: Case) -> str | None:
     return axis_name(axes, parallelism) or None
 
 
-def _coefficients(case: Case) -> dict[int, float]:
+def clipped_by_hand(case: Case) -> Diagnosis | None:
+    """Every rank's gradients are one multiple of the right ones, and ranks differ in it: a loop that clips by itself
+    shows its gradients clipped already."""
+    per_rank = _coefficients(case, "gradient", "")
+    factors = sorted(set(per_rank.values()))
+    norms = _norms(case) if len(factors) > 1 else {}
+    # Each has clipped its own gradients to the one norm that is allowed.
+    alike = bool(norms) and max(norms.values()) <= (1 + SAME_NORM) * min(norms.values())
+    if not alike or not case.fits("a factor of its own on all gradients of each rank, to one norm", 0.0):
+        return None
+    listed = ", ".join(f"{value:.6g} on rank {rank}" for rank, value in sorted(per_rank.items())[:4])
+    return Diagnosis(
+        cause="grad-norm",
+        axis=_axis(per_rank, case),
+        evidence=f"all gradients of a rank are one multiple of the right ones, and ranks differ in it ({listed}): "
+        "each clipped by a norm of its own",
+        fix=FIX,
+    )
+
+
+def _norms(case: Case) -> dict[int, float]:
+    """Rank -> the norm of all gradients that it holds."""
+    squares: dict[int, float] = {}
+    for comparison in case.stage:
+        for share in case.shares(comparison):
+            squares[share.rank] = squares.get(share.rank, 0.0) + float(share.got.square().sum())
+    return {rank: math.sqrt(square) for rank, square in squares.items()}
+
+
+def _coefficients(case: Case, stage: str = "grad-norm", part: str = "clipped") -> dict[int, float]:
     """Rank -> how much more it was clipped than the reference; empty where no one number says it for all gradients."""
     found: dict[int, list[tuple[float, float]]] = {}
     for comparison in case.comparisons:
-        if comparison.step != case.first.step or comparison.stage != "grad-norm" or comparison.part != "clipped":
+        if (comparison.step, comparison.stage, comparison.part) != (case.first.step, stage, part):
             continue
         want = case.reference.tensors(comparison.key)
-        for share in case.shares(comparison):
+        for share in case.shares(comparison) if want else ():
             right = share.take(wide(want[0]))
             square = float(right @ right)
             far = 1e3 * comparison.floor

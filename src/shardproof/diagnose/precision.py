@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shardproof.compare.activations import aligned
 from shardproof.compare.measure import wide
+from shardproof.compare.verdict import Comparison
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.forward import spread, vectors
 
@@ -28,10 +29,51 @@ DIVISORS = 16
 ULPS = 64.0
 """Units in the last place of the narrow dtype that a sum of rounded terms may be off by, of its largest element."""
 
+NEAR = 24.0
+"""Noise floors by which an element may miss what it is said to be made of."""
+
+MOST = 0.98
+"""Share of elements that have to come out as they were found."""
+
 
 def lost(case: Case) -> Diagnosis | None:
     """The error is that of a narrower dtype: small beside the tensor, and of no other shape."""
     return next((found for pairs in _pairs(case) if (found := _narrowed(pairs, case)) is not None), None)
+
+
+def added_up(case: Case) -> Diagnosis | None:
+    """Gradients that were rounded to a narrower dtype between micro-batches: the same is done to what each part of the
+    batch contributes, and gives the very values. Sums of rounded numbers are no rounded numbers themselves."""
+    known = set.intersection(*(set(part.gradients) for part in case.contributions)) if case.contributions else set()
+    told = [c for c in case.wrong if c.name in known and c.floor > 0][:TENSORS]
+    if not told or case.facts.microbatches < 2:
+        return None
+    of_run = torch.finfo(case.reference.tensors(told[0].key)[0].dtype).eps
+    for name, dtype in NARROW.items():
+        if torch.finfo(dtype).eps > of_run and all(_added_up(c, dtype, case) for c in told):
+            case.fits(f"sums rounded to {name} between micro-batches", 0.0)
+            return Diagnosis(
+                cause="precision",
+                evidence=f"what the micro-batches contribute to {told[0].name}, rounded to {name} after each but the "
+                f"last, adds up to what was found; so it does in all {len(told)} gradients that were tried",
+                fix=f"accumulate gradients in the run's own dtype: look for a cast to {name} between micro-batches",
+            )
+    return None
+
+
+def _added_up(comparison: Comparison, dtype: torch.dtype, case: Case) -> bool:
+    total = sum(part.count for part in case.contributions)
+    readers: dict[int, list[Tensor]] = {}
+    for part in sorted(case.contributions, key=lambda part: part.microbatch):
+        # Ranks add up what their mean over ranks is made of.
+        local = part.gradients[comparison.name] * (part.count / total) * case.facts.parallelism.dp
+        own = readers.setdefault(part.reader, [])
+        own.append(local + own[-1].to(dtype).to(local.dtype) if own else local)
+    made = torch.stack([own[-1] for own in readers.values()]).sum(0) / case.facts.parallelism.dp
+    held = case.shares(comparison)
+    near = [((s.got - s.take(made)).abs() <= NEAR * comparison.floor).to(torch.float64) for s in held if s.got.numel()]
+    # An element that lies between two numbers of the narrow dtype may have gone to the other one.
+    return bool(near) and float(torch.cat(near).mean()) >= MOST
 
 
 def _narrowed(pairs: Sequence[tuple[Tensor, Tensor]], case: Case) -> Diagnosis | None:

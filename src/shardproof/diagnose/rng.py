@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from shardproof.compare.draws import DP_ALIKE, TP_DIFFER
 from shardproof.diagnose.case import Case, Diagnosis
+from shardproof.trace.record import Record
 
 
 def undue(case: Case) -> Diagnosis | None:
@@ -22,6 +25,26 @@ def undue(case: Case) -> Diagnosis | None:
         cause="rng",
         evidence=f"random numbers are drawn in or before {case.first.name} under this layout, and none on one device",
         fix="draw the same under every layout: seeded by the step and the data rank, or not at all",
+    )
+
+
+def not_drawn(case: Case) -> Diagnosis | None:
+    """The other way round: the reference drew for the first wrong output, and this run drew nothing."""
+    key = case.first.key
+
+    def draws(records: Iterable[Record]) -> bool:
+        return any(record.draws for record in records if record.key == key)
+
+    traces = case.observed.ranks
+    if not draws(case.reference.trace.records) or any(draws(trace.records) for trace in traces):
+        return None
+    if not case.fits("the reference draws random numbers, and this run none", 0.0):
+        return None
+    return Diagnosis(
+        cause="rng",
+        evidence=f"the reference drew random numbers in or before {case.first.name}, and this run drew none: a "
+        "dropout of 0, or a module left in evaluation mode",
+        fix="call model.train() after every evaluation, and give both runs the same dropout",
     )
 
 
