@@ -7,7 +7,7 @@ bin := $(VENV)/bin
 install := $(bin)/python -m pip install --quiet -c constraints.txt
 inputs := pyproject.toml constraints.txt
 
-.PHONY: help check-example test zoo zoo-page frameworks clean
+.PHONY: help check-example test zoo zoo-page frameworks test-frameworks clean
 
 help:
 	@echo "make check-example   install shardproof into $(VENV) and check examples/digits.py on four ranks"
@@ -15,6 +15,7 @@ help:
 	@echo "make zoo             check every known bug, and right code that looks like one; minutes"
 	@echo "make zoo-page        do so in four settings, and write the tables of docs/zoo.md"
 	@echo "make frameworks      make an environment for each framework of examples/frameworks, in $(VENV)/frameworks"
+	@echo "make test-frameworks make them, record each framework under all of its layouts, and compare; minutes"
 	@echo "make clean           remove $(VENV)"
 
 check-example: $(VENV)/.example-installed
@@ -35,6 +36,9 @@ zoo-page: $(VENV)/.example-installed
 
 frameworks:
 	$(PYTHON) examples/frameworks/environments.py --into "$(VENV)/frameworks"
+
+test-frameworks: frameworks $(VENV)/.dev-installed
+	SHARDPROOF_FRAMEWORKS="$(abspath $(VENV)/frameworks)" $(bin)/python -m pytest examples/frameworks -rA
 
 clean:
 	rm -rf "$(VENV)"

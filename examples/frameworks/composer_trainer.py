@@ -52,6 +52,7 @@ class Losses(Callback):
 
 def train(given: Namespace) -> None:
     """Three steps, by Trainer.fit."""
+    os.environ["FSDP_VERSION"] = "2"
     samples = data(given.dtype)
     rank_batch = GLOBAL_BATCH // dist.get_world_size()
     loader = DataLoader(samples, rank_batch, sampler=dist.get_sampler(samples, shuffle=False))
@@ -75,5 +76,4 @@ def train(given: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["FSDP_VERSION"] = "2"
     launch(train, options(__doc__, LAYOUTS, MISTAKES, sys.argv[1:]))

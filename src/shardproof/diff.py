@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ from shardproof.diagnose.at_once import at_once
 from shardproof.diagnose.case import Case, Facts
 from shardproof.diagnose.explain import explain, first_divergence, needs_numbers
 from shardproof.diagnose.finding import Finding
-from shardproof.diagnose.kept import families
+from shardproof.diagnose.kept import families, size
 from shardproof.diagnose.recorded import contributions
 from shardproof.errors import StrategyError
 from shardproof.report.data import Report, Run
@@ -245,6 +246,7 @@ class Compared:
         finding = at_once(comparisons, facts)
         if first is None or not needs_numbers(comparisons, facts):
             return [] if finding is None else [finding]
+        valued = first.key in self.valued
         case = Case(
             comparisons=comparisons,
             first=first,
@@ -252,8 +254,8 @@ class Compared:
             observed=self._observed(self.valued, step),
             reference=Reference(trace=self.reference, floors=self.floors),
             contribute=self._contributions,
+            kept_size=None if valued else partial(size, found.want),
         )
-        valued = first.key in self.valued
         return [explain(case) if valued else explain(case, families(found.want, found.got))]
 
     def _contributions(self, step: int) -> list[Contribution]:

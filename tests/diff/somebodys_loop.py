@@ -163,7 +163,8 @@ def train(
                 if mistake == "accumulate-twice":
                     loss = loss / laid.microbatches
                 loss.backward()
-            laid.after_backward()
+            if mistake != "not-averaged":
+                laid.after_backward()
             optimizer.step()
 
 

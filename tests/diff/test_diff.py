@@ -13,6 +13,7 @@ from shardproof.ranks import Ranks, start
 
 MISTAKES = {
     "unwrapped": ("ddp", 4, "grad-not-reduced", "gradient"),
+    "not-averaged": ("tp-by-hand", 4, "grad-not-reduced", "gradient"),
     "optimizer-first": ("fsdp", 4, "optimizer", "optimizer-state"),
     "accumulate-twice": ("ddp-accumulated", 2, "grad-scale", "gradient"),
     "data-over-world": ("tp", 4, "batch-differs-in-group", "batch"),

@@ -25,7 +25,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(3, 5)
-        self.head = nn.Linear(5, 2)
+        self.head = nn.Linear(5, 7)
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
@@ -44,7 +44,7 @@ def built() -> tuple[Net, torch.optim.Optimizer]:
 def batches() -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(SAMPLES, 3, generator=draw), torch.randint(2, (SAMPLES,), generator=draw)) for _ in range(STEPS)
+        (torch.randn(SAMPLES, 3, generator=draw), torch.randint(7, (SAMPLES,), generator=draw)) for _ in range(STEPS)
     ]
 
 
@@ -138,3 +138,40 @@ def test_attempts_that_a_gradient_scaler_skipped_are_left_out(tmp_path: Path) ->
     assert any("attempts at a step skipped by a gradient scaler" in note for note in report.runs[0].notes)
     checked = {c.stage for c in report.runs[0].comparisons if c.verdict is not Verdict.NOT_CHECKED}
     assert {"gradient", "optimizer-state", "update"} <= checked
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, tokens, 3) -> the same
+        return torch.softmax(self.query(x) @ self.key(x).mT, -1) @ self.value(x)
+
+
+class Attending(nn.Module):
+    """The gradient of the bias on its keys is nothing but rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = Attention(), nn.Linear(3, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(torch.stack([x, x.roll(1, 1), 2 * x], 1)).mean(1))
+
+
+@pytest.mark.parametrize("what", ["full", "sketch"])
+def test_a_gradient_that_is_all_rounding_does_not_hide_a_factor_on_all(tmp_path: Path, what: str) -> None:
+    for name, parts, factor in (("a", 1, 1.0), ("b", 2, 0.5)):
+        torch.manual_seed(0)
+        model = Attending()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        with sp.record(tmp_path / name, model, optimizer, what=what):
+            for x, labels in batches():
+                optimizer.zero_grad()
+                for own, wanted in zip(x.chunk(parts), labels.chunk(parts), strict=True):
+                    (F.cross_entropy(model(own), wanted) / parts * factor).backward()
+                optimizer.step()
+    first = sp.diff(tmp_path / "a", tmp_path / "b").first
+    assert first is not None
+    assert (first.cause, first.factor) == ("grad-scale", pytest.approx(0.5))

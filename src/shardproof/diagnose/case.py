@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from shardproof.compare.measure import MULTIPLE
+from shardproof.compare.measure import MULTIPLE, scale
 from shardproof.compare.reads import Misread
 from shardproof.compare.shares import Share, shares
 from shardproof.compare.verdict import Comparison, Verdict
@@ -53,6 +53,8 @@ class Case:
     """Step -> what each part of its batch contributes to the gradients, on one device."""
     probe: Probe | None = None
     """The model on one device, with the weights of the step of the first divergence."""
+    kept_size: Callable[[Key], float | None] | None = None
+    """How large the reference's tensor is, in the unit of its floor, where no values were kept; None for not known."""
     tried: list[Hypothesis] = field(default_factory=list)
     """What was held against the numbers, in order, with what it left unexplained."""
 
@@ -78,6 +80,12 @@ class Case:
         before_clipping = self.unclipped is not None and key[0] == 0 and key[1] == "gradient"
         observed = self.unclipped if before_clipping and self.unclipped is not None else self.observed
         return shares(key, observed, self.reference)
+
+    def size(self, key: Key) -> float | None:
+        """How large the reference's tensor is, in the unit of its floor; None where that is not known."""
+        if self.kept_size is not None:
+            return self.kept_size(key)
+        return max((scale(whole) for whole in self.reference.tensors(key)), default=None)
 
     def fits(self, name: str, residual: float, *, limit: float = MULTIPLE) -> bool:
         """Whether a hypothesis that leaves `residual` (in noise floors) unexplained holds; it is remembered."""

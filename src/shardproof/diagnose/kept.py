@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardproof.align.kept import kept
 from shardproof.align.side import Side
+from shardproof.compare.view import Key
 from shardproof.compare.wholes import Shown, read
 from shardproof.diagnose import scale
 from shardproof.diagnose.case import Case, Diagnosis
@@ -39,29 +40,35 @@ def sums(want: Side, got: Side, case: Case) -> Diagnosis | None:
         groups = _groups(shown, axes, parallelism)
         if not groups:
             continue
-        size, name = len(groups[0]), axis_name(axes, parallelism)
+        ranks, name = len(groups[0]), axis_name(axes, parallelism)
         total = torch.stack([_total(group) for group in _distinct(groups)]).sum(0)
-        limit = case.first.floor * size
+        limit = case.first.floor * ranks
         if case.fits(f"the sum over {name} is right, by sketch", norm(total - trusted) / limit):
             return Diagnosis(
                 cause="grad-not-summed",
                 axis=name,
-                evidence=f"the sketches that the {size} ranks along {name} kept of the gradient of {case.first.name} "
+                evidence=f"the sketches that the {ranks} ranks along {name} kept of the gradient of {case.first.name} "
                 "differ, and their sum is the reference's",
                 fix=f"sum this gradient over {name} (all_reduce with SUM after backward, or make the operation that "
                 "splits the work sum the gradient of its input)",
             )
         if "tp" not in axes and case.fits(
-            f"the mean over {name} is right, by sketch", norm(total / size - trusted) / limit
+            f"the mean over {name} is right, by sketch", norm(total / ranks - trusted) / limit
         ):
             return Diagnosis(
                 cause="grad-not-reduced",
                 axis=name,
-                evidence=f"the sketches that the {size} ranks along {name} kept of the gradient of {case.first.name} "
+                evidence=f"the sketches that the {ranks} ranks along {name} kept of the gradient of {case.first.name} "
                 "differ, and their mean is the reference's",
                 fix=not_reduced_fix(name),
             )
     return None
+
+
+def size(want: Side, key: Key) -> float | None:
+    """How large the trusted tensor is, by its sketch; None where it has none."""
+    trusted = next((way.sketch for way in read(kept(want, key)).wholes if way.sketch is not None), None)
+    return None if trusted is None else norm(trusted)
 
 
 def _groups(shown: Sequence[Shown], axes: Sequence[str], parallelism: Parallelism) -> list[list[Shown]]:

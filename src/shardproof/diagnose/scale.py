@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from shardproof.compare.measure import largest, scale, wide, within
+from shardproof.compare.measure import largest, wide, within
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose.case import Case, Diagnosis
 from shardproof.diagnose.factors import axes_of, simple
@@ -49,7 +49,7 @@ def subset(case: Case) -> Diagnosis | None:
         return None
     same = [c for c in case.wrong if _has(c, factor)]
     other = len(case.wrong) - len(same)
-    right = len(case.stage) - len(case.wrong)
+    right = sum(_tells(c, factor, case) for c in case.stage) - len(case.wrong)
     names = ", ".join(c.name for c in same[:4]) + (", ..." if len(same) > 4 else "")
     mixed = (
         f"; {other} more differ by no one factor, as what is made from these and from right ones would" if other else ""
@@ -134,8 +134,8 @@ def _tells(comparison: Comparison, factor: float, case: Case) -> bool:
     of attention keys."""
     if comparison.verdict is Verdict.DIFFERENT:
         return True
-    want = case.reference.tensors(comparison.key)
-    return bool(want) and not within(abs(factor - 1) * scale(want[0]), comparison.floor)
+    size = case.size(comparison.key)
+    return size is None or not within(abs(factor - 1) * size, comparison.floor)
 
 
 def _has(comparison: Comparison, factor: float) -> bool:

@@ -77,7 +77,7 @@ def _reduced_elsewhere(groups: Sequence[Sequence[Share]], case: Case, axes: Sequ
     want = case.reference.tensors(case.first.key)[0]
     for other in AXES:
         times = getattr(parallelism, other)
-        if other in axes or times == 1:
+        if other in axes or times == 1 or (times == len(groups[0]) and _cut_ones_too(case, axes, other)):
             continue
         far = 0.0
         for group in groups:
@@ -94,6 +94,15 @@ def _reduced_elsewhere(groups: Sequence[Sequence[Share]], case: Case, axes: Sequ
                 fix=f"reduce this gradient over the process group of mesh['{name}'], not that of {other}",
             )
     return None
+
+
+def _cut_ones_too(case: Case, axes: Sequence[str], other: str) -> bool:
+    """Whether gradients that are cut over `other` have the right mean over `axes`: summed over it, they would be mixed.
+
+    Where both axes have as many ranks, this tells what was not reduced from what was summed over the other one.
+    """
+    alike = _like_it(case, axes, mean=True)
+    return any(not groups_over((other,), case.shares(one), case.facts.parallelism) for one in alike)
 
 
 def by_module(case: Case) -> Diagnosis | None:
