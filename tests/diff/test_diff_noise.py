@@ -58,3 +58,34 @@ def test_a_run_in_less_precision_is_held_to_its_own_precision(folder: Path) -> N
     assert report.ok, str(report)
     assert report.dtype == "float32 against float64"
     assert sp.diff(folder / "single", folder / "tp-double").ok
+
+
+class Shifted(torch.nn.Module):
+    """Three numbers whose sum is added to all logits, of which a softmax knows nothing: their gradient is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(5, 7)
+        self.shift = torch.nn.Parameter(torch.tensor([0.1, -0.3, 0.4]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.shift.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_that_cancels_wholly_is_no_divergence(tmp_path: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(24, 5, generator=generator), torch.randint(0, 7, (24,), generator=generator)
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        model = Shifted().to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with sp.record(tmp_path / str(parts), model, optimizer):
+            for step in range(3):
+                optimizer.zero_grad()
+                for part in torch.arange(8 * step, 8 * step + 8).chunk(parts):
+                    logits = model(inputs[part].to(dtype))
+                    (torch.nn.functional.cross_entropy(logits, labels[part]) / parts).backward()
+                optimizer.step()
+    report = sp.diff(tmp_path / "1", tmp_path / "2")
+    assert report.ok, str(report)

@@ -299,7 +299,7 @@ class Estimate(Mapping[int, float]):
         if output is None or unit is None:
             return rounding * max(shown.size, self._cousins(key))
         size = shown.size
-        if self._is_vector(shown, output):
+        if self._is_vector(shown, output) or self._is_row(key):
             # A sum over rows, which may cancel.
             size = max(size, math.sqrt(output.numel / shown.numel) * output.size * unit)
         spread = max(
@@ -482,6 +482,11 @@ class Estimate(Mapping[int, float]):
     def _is_vector(self, parameter: _Shown, output: _Shown) -> bool:
         """Whether a parameter is a row that every row of an output holds once, as a bias or the scale of a norm."""
         return parameter.numel <= output.numel and parameter.numel in self._widths.get(output.numel, ())
+
+    def _is_row(self, key: Key) -> bool:
+        """Whether a tensor has no two dims, so that its gradient is a sum over much of an output."""
+        tensor = self._tensor(key)
+        return tensor is not None and tensor.dim() < 2
 
     @cached_property
     def _widths(self) -> dict[int, set[int]]:
