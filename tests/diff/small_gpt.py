@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from somebodys_loop import Copy, Sum
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,33 +25,6 @@ from shardproof.ranks import Place
 TOKENS, WIDTH, LENGTH, BATCH, STEPS, HEAD, HEADS = 11, 16, 6, 8, 2, 4, 4
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        del ctx
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-        del ctx
-        return grad, None
-
-
 class Rows(nn.Module):
     """A row-parallel layer by hand."""
 
@@ -62,8 +36,8 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias_on_each:
-            return _Sum.apply(F.linear(x, self.weight, self.bias), self.group)
-        return _Sum.apply(F.linear(x, self.weight), self.group) + self.bias
+            return Sum.apply(F.linear(x, self.weight, self.bias), self.group)
+        return Sum.apply(F.linear(x, self.weight), self.group) + self.bias
 
 
 class Attention(nn.Module):
@@ -79,7 +53,7 @@ class Attention(nn.Module):
         self.sizes = [HEADS * HEAD, kv * HEAD, kv * HEAD]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.group is None else _Copy.apply(x, self.group)
+        x = x if self.group is None else Copy.apply(x, self.group)
         query, key, value = (
             part.unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in self.qkv(x).split(self.sizes, -1)
         )
@@ -129,7 +103,7 @@ class Block(nn.Module):
         x = x + self.attention(self.before(x))
         inner = self.norm(x)
         if self.group is not None:
-            inner = _Copy.apply(inner, self.group)
+            inner = Copy.apply(inner, self.group)
         return x + self.down(F.gelu(self.up(inner)))
 
     def split(self, group: dist.ProcessGroup, mistake: str) -> None:

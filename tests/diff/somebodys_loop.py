@@ -37,7 +37,7 @@ class Net(nn.Module):
         return self.head(x + self.down(F.gelu(self.up(x))))
 
 
-class _Copy(torch.autograd.Function):
+class Copy(torch.autograd.Function):
     """Megatron's f: the same input everywhere, the sum of what comes back."""
 
     @staticmethod
@@ -47,12 +47,12 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous()
+        grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
 
 
-class _Sum(torch.autograd.Function):
+class Sum(torch.autograd.Function):
     """Megatron's g: the sum of the outputs, and its gradient for everybody."""
 
     @staticmethod
@@ -81,8 +81,8 @@ class Split(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dim == 0:
-            return F.linear(_Copy.apply(x, self.group), self.weight, self.bias)
-        return _Sum.apply(F.linear(x, self.weight), self.group) + self.bias
+            return F.linear(Copy.apply(x, self.group), self.weight, self.bias)
+        return Sum.apply(F.linear(x, self.weight), self.group) + self.bias
 
 
 @dataclass

@@ -14,7 +14,7 @@ from shardproof.parallel.piece import Piece
 from shardproof.spec.stages import STAGES
 from shardproof.trace.folder.reader import RankTrace
 from shardproof.trace.record import Record
-from shardproof.trace.trace import Trace
+from shardproof.trace.trace import Trace, numbers_by_key
 
 Key = tuple[int, str, str, str]
 
@@ -38,11 +38,7 @@ class Aligned:
     @cached_property
     def by_key(self) -> Mapping[Key, Sequence[int]]:
         """Key -> numbers of its records, in the order in which they were made."""
-        found: dict[Key, list[int]] = {}
-        for number, record in enumerate(self.records):
-            if not record.unknown:
-                found.setdefault(record.key, []).append(number)
-        return found
+        return numbers_by_key(self.records)
 
     def tensor(self, number: int) -> Tensor:
         """The tensor of record `number`, in a dtype that torch computes with."""

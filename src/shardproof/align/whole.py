@@ -24,7 +24,7 @@ from shardproof.errors import TraceError
 from shardproof.parallel import piece as pieces
 from shardproof.parallel.piece import Piece
 from shardproof.trace.record import Record
-from shardproof.trace.trace import Trace
+from shardproof.trace.trace import Trace, numbers_by_key
 
 Key = tuple[int, str, str, str]
 
@@ -45,11 +45,7 @@ class Whole:
     @cached_property
     def by_key(self) -> Mapping[Key, list[int]]:
         """Key -> numbers of its records, in the order in which they were made."""
-        found: dict[Key, list[int]] = {}
-        for number, record in enumerate(self.records):
-            if not record.unknown:
-                found.setdefault(record.key, []).append(number)
-        return found
+        return numbers_by_key(self.records)
 
     def tensor(self, number: int) -> Tensor:
         """The whole tensor of record `number`, put together anew each time.

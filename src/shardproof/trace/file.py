@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardproof.trace.plain import as_plain, from_plain
 from shardproof.trace.record import Record
+from shardproof.trace.trace import numbers_by_key
 
 
 def save(path: Path, entries: Iterable[tuple[Record, Tensor | None]]) -> None:
@@ -43,9 +44,4 @@ class TraceFile:
     @cached_property
     def by_key(self) -> dict[tuple[int, str, str, str], list[int]]:
         """Key -> numbers of its records, in the order in which they were made; those that are `unknown` left out."""
-        found: dict[tuple[int, str, str, str], list[int]] = {}
-        for number, record in enumerate(self.records):
-            if record.unknown:
-                continue
-            found.setdefault(record.key, []).append(number)
-        return found
+        return numbers_by_key(self.records)

@@ -29,3 +29,12 @@ class Trace(Protocol):
     def tensor(self, number: int) -> Tensor:
         """The tensor of record `number`."""
         ...
+
+
+def numbers_by_key(records: Sequence[Record]) -> dict[tuple[int, str, str, str], list[int]]:
+    """Key -> numbers of its records, in the order in which they were made; those that are `unknown` left out."""
+    found: dict[tuple[int, str, str, str], list[int]] = {}
+    for number, record in enumerate(records):
+        if not record.unknown:
+            found.setdefault(record.key, []).append(number)
+    return found

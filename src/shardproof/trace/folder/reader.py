@@ -22,6 +22,7 @@ from shardproof.trace.folder.names import data_name, index_files, index_name
 from shardproof.trace.folder.within import size_within
 from shardproof.trace.record import Record
 from shardproof.trace.stats import Stats
+from shardproof.trace.trace import numbers_by_key
 
 SHOWN_FILES = 5
 """Files that an error lists of a folder that is no recording."""
@@ -98,11 +99,7 @@ class RankTrace:
     @cached_property
     def by_key(self) -> dict[tuple[int, str, str, str], list[int]]:
         """Key -> numbers of its records, in the order in which they were made; those that are `unknown` left out."""
-        found: dict[tuple[int, str, str, str], list[int]] = {}
-        for number, record in enumerate(self.records):
-            if not record.unknown:
-                found.setdefault(record.key, []).append(number)
-        return found
+        return numbers_by_key(self.records)
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Shape of the tensor of record `number` as the rank held it; () where there was none."""
