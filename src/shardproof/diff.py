@@ -214,7 +214,7 @@ class Compared:
         random = False
         for step in sorted({key[0] for key in self.valued}):
             keys = {key for key in self.valued if key[0] == step}
-            reference = Reference(trace=Only(self.reference, keys), floors=self.floors)
+            reference = self._reference(keys)
             # Loops seed every rank alike, and masks that repeat over data ranks are no wrong training.
             compared = compare_run(self._observed(keys, step), reference, repeats=True, told=told)
             if random:
@@ -260,8 +260,15 @@ class Compared:
 
     def _contributions(self, step: int) -> list[Contribution]:
         keys = {key for key in self.valued if key[0] == step}
-        reference = Reference(trace=Only(self.reference, keys), floors=self.floors)
+        reference = self._reference(keys)
         return contributions(self._observed(keys, step), reference, step)
+
+    def _reference(self, keys: Collection[Key]) -> Reference:
+        """Some keys of the trusted run. An estimate of floors has looked at the sizes of its tensors already."""
+        trace = Only(self.reference, keys)
+        if isinstance(self.floors, Estimate):
+            return Reference(trace=trace, floors=self.floors, sizes=self.floors.size)
+        return Reference(trace=trace, floors=self.floors)
 
     def _observed(self, keys: Collection[Key], step: int) -> Observed:
         got = self.found.got

@@ -153,6 +153,11 @@ class Estimate(Mapping[int, float]):
             self._floors[key] = 0.0 if shown is None or shown.eps == 0 else self._estimated(key, shown)
         return self._floors[key]
 
+    def size(self, key: Key) -> float | None:
+        """The largest element of what a key shows; None where it shows nothing."""
+        shown = self._of(key)
+        return None if shown is None else shown.size
+
     def saw(self, found: Comparison) -> None:
         """Take in how far apart a tensor was found: what is right and yet apart is so from here on."""
         if found.verdict not in (Verdict.EQUAL, Verdict.ROUNDING):

@@ -104,13 +104,15 @@ def scale(tensor: Tensor) -> float:
     """max|x| over the finite elements; 0 for none."""
     if not tensor.numel():
         return 0.0
-    if not tensor.is_floating_point() or tensor.dtype in EXACT:
-        least, most = torch.aminmax(tensor)
-        size = max(abs(float(least)), abs(float(most)))
-        if math.isfinite(size):
-            return size
     size = 0.0
+    simple = not tensor.is_floating_point() or tensor.dtype in EXACT
     for _, (piece,) in chunks(tensor):
+        if simple:
+            # One after the other, while the chunk is in the cache: together they take three times as long.
+            here = max(abs(float(piece.amin())), abs(float(piece.amax())))
+            if math.isfinite(here):
+                size = max(size, here)
+                continue
         values = wide(piece).abs()
         size = max(size, float(torch.where(values.isfinite(), values, 0.0).max()))
     return size

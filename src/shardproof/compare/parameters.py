@@ -39,7 +39,7 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     if want is None:
         return _nothing_expected(base, held, shape)
     # Copies of the same initial values owe the same bits.
-    size = scale(want)
+    size = reference.size(key, want) if len(wholes) == 1 else scale(want)
     floor = 0.0 if stage == "initial-state" else max(reference.floor(key), ulp(want, size))
     base = replace(base, shape=tuple(want.shape), floor=floor)
     inner = inner_pieces(held, tuple(want.shape), observed)

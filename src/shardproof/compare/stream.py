@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 2**20
-"""Of one side: two sides and what is computed from them fit into a core's second-level cache, and what it costs to call
-torch is little beside the work."""
+CHUNK_BYTES = 2**21
+"""Of one side: what it costs to call torch is little beside the work, and a second look finds most of it in the cache.
+Half of it takes a sixth longer, and twice as much is no quicker (`benchmarks/record.py diff`)."""
 
 ROW = 1024
 """Elements of a chunk that are looked at together where its largest difference has to be known exactly."""

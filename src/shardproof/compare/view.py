@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shardproof.compare.measure import scale
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.patterns import matches
 from shardproof.spec.stages import STAGES
@@ -37,6 +38,14 @@ class Reference:
     parts: Sequence[Sequence[tuple[int, int]]] = ()
     """Per step: (data rank, micro-batch) of each of the parts that the reference was fed one after the other, where
     they do not join into one batch (each padded to a length of its own); empty where it was fed whole batches."""
+
+    sizes: Callable[[Key], float | None] = lambda _key: None
+    """The largest element of a key's tensors, where it is known already: tensors may be gigabytes."""
+
+    def size(self, key: Key, whole: Tensor) -> float:
+        """max|x| of the only tensor of a key, over its finite elements."""
+        known = self.sizes(key)
+        return scale(whole) if known is None else known
 
     def part(self, step: int, data_rank: int, microbatch: int) -> int | None:
         """Which of its parts the reference was fed for this one of the run; None where it was fed whole batches."""
