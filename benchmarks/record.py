@@ -372,6 +372,9 @@ def _simulate(path: Path, size: int, *, moved: bool, wrong: bool) -> int:
             piece = _piece(shape, dim, at, peer, data) if state else None
             local = piece.local_shape if piece is not None else (1, *_cut(shape, dim))
             made = shares[rank] if cuts == size else shares[at]
+            if 0 in local:
+                # Of a chunk that is left over some ranks have nothing.
+                made = torch.zeros(16, 16)
             # The numbers are made up: a run of this size would have made them from its own tensors.
             module.sketch = lambda *_, made=made: made
             module.stats_of = lambda local, size=made: _statistics(local, size)
@@ -388,7 +391,7 @@ def _statistics(local: Any, made: Any) -> Any:
     from shardproof.trace.stats import Stats
 
     square = float((made.double() ** 2).mean())
-    each = (square / local.numel()) ** 0.5
+    each = (square / max(local.numel(), 1)) ** 0.5
     return Stats(
         count=local.numel(), zeros=0, nans=0, infs=0, min=-each, max=each, sum=0.0, square_sum=square, absmax=each
     )
