@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,3 +70,26 @@ def test_a_mistake_shows_without_values(
     assert report.first is not None
     # Statistics tell that a gradient is wrong, and not that its mean over the ranks would be right.
     assert report.first.cause == (cause if (what, mistake) != ("stats", "unwrapped") else "unexplained"), str(report)
+
+
+def test_two_processes_say_what_one_does(
+    recorded: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = recorded["single", "sketch"], recorded["tp-fsdp", "sketch"]
+    alone = sp.diff(*paths).runs[0].comparisons
+    monkeypatch.setattr("shardproof.align.kept.MANY", 0)
+    assert sp.diff(*paths).runs[0].comparisons == alone
+
+
+def test_a_half_that_is_lost_is_done_here(
+    recorded: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = recorded["single", "sketch"], recorded["fsdp", "sketch"]
+    alone = sp.diff(*paths).runs[0].comparisons
+    monkeypatch.setattr("shardproof.align.kept.MANY", 0)
+
+    def ends(*_: object) -> None:
+        os._exit(1)
+
+    monkeypatch.setattr("shardproof.align.halves._answer", ends)
+    assert sp.diff(*paths).runs[0].comparisons == alone

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
+from shardproof.align.halves import in_halves
 from shardproof.align.side import Side
 from shardproof.align.traces import Aligned, Key
 from shardproof.compare import sketched
@@ -21,6 +24,9 @@ from shardproof.trace.stats import stats_of
 
 BY_SAMPLE = frozenset({"forward", "backward"})
 """Stages whose sketches may draw their signs from the samples of the batch."""
+
+MANY = 100_000
+"""Records of a step from which on a second process is worth its while: some seconds of work."""
 
 BY_RELATIVES = frozenset({"gradient", "grad-norm"})
 """Stages in which the floor of a tensor rests on the norms of others, which are needed first."""
@@ -48,7 +54,19 @@ def kept(side: Side, key: Key, *, statistics: bool = True) -> sketched.Side:
         for place, trace in enumerate(side.traces)
         for one in _of_rank(side, place, trace, key, statistics=statistics)
     ]
+    if not statistics and not _sound(shown):
+        # Beside a sketch statistics only say where NaN and infinities are.
+        return kept(side, key)
     return sketched.Side(shown=shown, parallelism=side.layout.parallelism, microbatches=side.microbatches(key[0]))
+
+
+def _sound(shown: Sequence[Shown]) -> bool:
+    """Whether all sketches are finite: of hundreds of ranks one sum tells."""
+    rows: dict[torch.dtype, list[Tensor]] = {}
+    for one in shown:
+        if one.sketch is not None:
+            rows.setdefault(one.sketch.dtype, []).append(one.sketch)
+    return all(math.isfinite(float(torch.stack(of_kind).sum())) for of_kind in rows.values())
 
 
 def _of_rank(side: Side, place: int, trace: object, key: Key, *, statistics: bool) -> Iterator[Shown]:
@@ -78,15 +96,13 @@ def _of_rank(side: Side, place: int, trace: object, key: Key, *, statistics: boo
             )
             continue
         rows = held.sketch(number) if depth == "sketch" else None
-        # Beside a sketch statistics only say where NaN and infinities are.
-        sound = rows is not None and math.isfinite(float(rows.sum()))
         yield Shown(
             rank=place,
             record=record,
             shape=shape,
             dtype=dtype,
             sketch=rows,
-            stats=None if sound and not statistics else held.stats(number),
+            stats=held.stats(number) if statistics or rows is None else None,
             by_sample=depth == "sketch" and held.keyed(number) == "samples",
         )
 
@@ -107,26 +123,48 @@ def compare_kept(want: Side, got: Side, keys: Collection[Key], eps: float) -> li
     """
     floors, found = Norms(eps=eps), []
     order = {key: place for place, key in enumerate(dict.fromkeys(k for t in want.traces for k in t.by_key))}
-    ordered = sorted(keys, key=lambda key: (key[0], STAGES.index(key[1]), order.get(key, len(order))))
-    for (_, stage), group in groupby(ordered, key=lambda key: key[:2]):
-        of_stage = list(group)
-        if stage == "batch":
-            # What was read is compared by the digests of its samples.
-            continue
-        if stage in BY_RELATIVES:
-            for key in of_stage:
-                floors.know(key, norm_of(kept(want, key)))
-        for key in of_stage:
-            trusted, seen = _both(want, got, key)
-            if stage not in BY_RELATIVES:
-                floors.know(key, norm_of(trusted))
-            floor = floors.floor(key)
-            comparison = sketched.compare(key, trusted, seen, floor=floor)
-            if stage == "backward" and comparison.ratio is not None:
-                # Gradients of outputs may carry any one factor; a parameter's gradient says whether it is right.
-                comparison = sketched.compare(key, trusted, seen, floor=floor, factor=comparison.ratio)
+
+    def place(key: Key) -> tuple[int, int, int]:
+        return key[0], STAGES.index(key[1]), order.get(key, len(order))
+
+    # What was read is compared by the digests of its samples.
+    wanted = sorted((key for key in keys if key[1] != "batch"), key=place)
+    for step, group in groupby(wanted, key=lambda key: key[0]):
+        of_step = list(group)
+        floors.begin(step)
+        work = partial(_of_step, want, got, of_step, floors)
+        many = len(of_step) * (len(want.traces) + len(got.traces)) > MANY
+        compared = sorted(in_halves(work) if many else work(0, 1), key=lambda one: place(one[0].key))
+        for comparison, norm_of_want in compared:
+            floors.know(comparison.key, norm_of_want)
             floors.saw(comparison)
             found.append(comparison)
+    return found
+
+
+def _of_step(
+    want: Side, got: Side, keys: Sequence[Key], floors: Norms, number: int, count: int
+) -> list[tuple[Comparison, float]]:
+    """Every `count`-th of a step's keys, from `number` on, in causal order, and the norm of the trusted tensor."""
+    floors, found = floors.copy(), []
+    for key in keys:
+        if key[1] in BY_RELATIVES:
+            floors.know(key, norm_of(kept(want, key, statistics=False)))
+    for turn, key in enumerate(keys):
+        mine, stage = turn % count == number, key[1]
+        if not mine:
+            # The floors of other tensors rest on this one's.
+            floors.floor(key)
+            continue
+        trusted, seen = _both(want, got, key)
+        size = norm_of(trusted)
+        floors.know(key, size)
+        floor = floors.floor(key)
+        comparison = sketched.compare(key, trusted, seen, floor=floor)
+        if stage == "backward" and comparison.ratio is not None:
+            # Gradients of outputs may carry any one factor; a parameter's gradient says whether it is right.
+            comparison = sketched.compare(key, trusted, seen, floor=floor, factor=comparison.ratio)
+        found.append((comparison, size))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from shardproof.compare.verdict import Comparison, Verdict
@@ -43,6 +44,15 @@ class Norms:
     _next_drift: float = 0.0
     _step: int = -1
 
+    def begin(self, step: int) -> None:
+        """From here on it is about this step: what the one before left apart counts."""
+        if step != self._step:
+            self._step, self._drift, self._next_drift = step, max(self._drift, self._next_drift), 0.0
+
+    def copy(self) -> Norms:
+        """The same, to be told and asked without a trace."""
+        return deepcopy(self)
+
     def know(self, key: Key, norm: float) -> None:
         """The reference's tensor has this 2-norm. NaN and infinities have no floor."""
         step, stage, name, _ = key
@@ -54,8 +64,7 @@ class Norms:
     def floor(self, key: Key, *, moved: float = math.inf) -> float:
         """How far rounding may move the tensor of a key; `moved` is the norm of what the step did to a weight."""
         step, stage, name, _ = key
-        if step != self._step:
-            self._step, self._drift, self._next_drift = step, max(self._drift, self._next_drift), 0.0
+        self.begin(step)
         norm = self._norms.get(key, 0.0)
         found = self._of(step, stage, name, norm, moved) if math.isfinite(norm) else 0.0
         self._floors[key] = found
