@@ -28,11 +28,15 @@ def in_halves(work: Callable[[int, int], list[Item]]) -> list[Item]:
     if child == 0:
         _answer(work, writing)
     os.close(writing)
+    threads = torch.get_num_threads()
     with os.fdopen(reading, "rb") as answer:
         try:
+            # Two processes have one core each, and threads that wait for each other would take both.
+            torch.set_num_threads(1)
             own = work(0, 2)
             theirs = answer.read()
         finally:
+            torch.set_num_threads(threads)
             # Ends the other one as well where this one is interrupted: it finds nobody to write to.
             answer.close()
             os.waitpid(child, 0)
