@@ -252,7 +252,7 @@ class Compared:
             first=first,
             facts=facts,
             observed=self._observed(self.valued, step),
-            reference=Reference(trace=self.reference, floors=self.floors),
+            reference=self._reference(self.valued),
             contribute=self._contributions,
             kept_size=None if valued else partial(size, found.want),
         )

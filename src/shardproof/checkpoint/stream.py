@@ -18,30 +18,12 @@ import torch
 from torch import Tensor
 
 from shardproof.errors import CheckpointError
-
-DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
-}
-"""What safetensors calls each dtype."""
+from shardproof.trace.dtypes import SAFETENSORS
 
 REAL: dict[torch.dtype, torch.dtype] = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 """Complex tensors are stored as pairs of reals along a new last dim."""
 
-NAMES: dict[torch.dtype, str] = {dtype: str(dtype).removeprefix("torch.") for dtype in (*DTYPES, *REAL)}
+NAMES: dict[torch.dtype, str] = {dtype: str(dtype).removeprefix("torch.") for dtype in (*SAFETENSORS, *REAL)}
 """What an index calls each dtype: as torch does."""
 
 BY_NAME: dict[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
@@ -69,7 +51,7 @@ class Entry:
 
 def stored(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """The safetensors dtype and the shape that a tensor has in a file."""
-    return (DTYPES[REAL[dtype]], (*shape, 2)) if dtype in REAL else (DTYPES[dtype], shape)
+    return (SAFETENSORS[REAL[dtype]], (*shape, 2)) if dtype in REAL else (SAFETENSORS[dtype], shape)
 
 
 def write(path: Path, entries: Sequence[Entry]) -> int:

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from shardproof.trace import dtypes
+
 SAFETENSORS: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+    **dtypes.SAFETENSORS,
     # safetensors learned these late or not at all. Their bytes are named as what they are; the index knows more.
     torch.float8_e4m3fnuz: "U8",
     torch.float8_e5m2fnuz: "U8",
     torch.float8_e8m0fnu: "U8",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
 }
 """What safetensors calls each dtype. Complex ones are kept as pairs of reals."""
 

@@ -34,7 +34,6 @@ class GrowingFile:
         self._stop = header_bytes
         self._pending: list[str] = []
         self._pending_bytes = 0
-        self._empty = False
         self.end = header_bytes
         """Bytes that hold data, from the start of the file."""
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

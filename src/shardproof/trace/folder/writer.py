@@ -110,11 +110,6 @@ class Writer:
         """Records so far."""
         return self._records
 
-    @property
-    def written_bytes(self) -> int:
-        """Bytes of data and lines that have been written so far; lines that wait are not counted."""
-        return self._written
-
     def write(
         self, record: Record, tensor: Tensor | None, *, depth: Depth, samples: Sequence[str] | None = None
     ) -> None:
