@@ -267,7 +267,7 @@ class Compared:
         """Some keys of the trusted run. An estimate of floors has looked at the sizes of its tensors already."""
         trace = Only(self.reference, keys)
         if isinstance(self.floors, Estimate):
-            return Reference(trace=trace, floors=self.floors, sizes=self.floors.size)
+            return Reference(trace=trace, floors=self.floors, sizes=self.floors.size, learn=self.floors.learn)
         return Reference(trace=trace, floors=self.floors)
 
     def _observed(self, keys: Collection[Key], step: int) -> Observed:

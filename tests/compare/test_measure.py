@@ -19,6 +19,7 @@ from shardproof.compare.measure import (
     furthest,
     judge,
     largest,
+    look,
     scale,
     ulp,
     within,
@@ -163,6 +164,20 @@ def test_scale_and_ulp_look_past_what_is_not_finite() -> None:
 def test_the_furthest_element_is_that_of_the_distances(got: list[float], want: list[float]) -> None:
     a, b = torch.tensor(got), torch.tensor(want)
     assert furthest(a, b) == pytest.approx(largest(distance(a, b)), nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("odd", [0.0, NAN, INF])
+def test_one_look_tells_distance_and_size(dtype: torch.dtype, odd: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardproof.compare.stream.CHUNK_BYTES", 2**8)
+    want = (torch.linspace(-3, 5, 600) * 100).to(dtype)
+    if odd and dtype.is_floating_point:
+        want[7] = want[300] = odd
+    got = want.clone()
+    got[[5, 301, 599]] += torch.tensor([2, 8, 4]).to(dtype)
+    found = look(got, want)
+    assert found.far == largest(distance(got, want)) or (math.isnan(odd) and math.isnan(found.far))
+    assert found.size == scale(want) == 500
 
 
 def test_distances_are_taken_in_float64() -> None:

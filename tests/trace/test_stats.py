@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardproof.trace import stats as module
-from shardproof.trace.stats import Stats, combined, stats_of
+from shardproof.trace.sketch import sketch
+from shardproof.trace.stats import Stats, combined, sketch_and_stats, stats_of
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -184,3 +185,24 @@ def test_long_rows_and_what_is_left_of_them_are_summed(size: int, dtype: torch.d
 def test_a_million_equal_squares_add_up() -> None:
     got = stats_of(torch.full((2**20,), 0.1))
     assert got.square_sum == pytest.approx(2**20 * float(torch.tensor(0.1)) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (6, 4), (64, 96), (3, 50, 48), (1000,)])
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_one_pass_gives_the_sketch_and_the_stats(
+    dtype: torch.dtype, shape: tuple[int, ...], by_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for where in ("sketch", "stats"):
+        monkeypatch.setattr(f"shardproof.trace.{where}.CHUNK", {"cpu": 2**10})
+    samples = [f"{n:024x}" for n in range(shape[0])] if by_sample and shape and shape[0] else None
+    tensor = (torch.randn(shape) * 9).to(dtype)
+    strided = tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
+    for way in (tensor, strided):
+        rows, stats = sketch_and_stats(way, None, samples)
+        assert torch.equal(rows, sketch(way, None, samples))
+        # Chunks may end elsewhere, where short dims are taken together.
+        alone = stats_of(way)
+        assert stats.sum == pytest.approx(alone.sum, rel=1e-5, abs=1e-3)
+        assert stats.square_sum == pytest.approx(alone.square_sum, rel=1e-5)
+        assert replace(stats, sum=alone.sum, square_sum=alone.square_sum) == alone

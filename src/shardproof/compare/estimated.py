@@ -158,6 +158,10 @@ class Estimate(Mapping[int, float]):
         shown = self._of(key)
         return None if shown is None else shown.size
 
+    def learn(self, key: Key, tensor: Tensor, size: float) -> None:
+        """Take in the largest element of what a key shows, its only tensor: it need not be looked for then."""
+        self._shown.setdefault(key, _shown(tensor, size))
+
     def saw(self, found: Comparison) -> None:
         """Take in how far apart a tensor was found: what is right and yet apart is so from here on."""
         if found.verdict not in (Verdict.EQUAL, Verdict.ROUNDING):
@@ -524,9 +528,7 @@ class Estimate(Mapping[int, float]):
         if key not in self._shown:
             numbers = self._trace.by_key.get(key, ())
             tensors = (self._trace.tensor(n) for n in numbers if not self._trace.records[n].missing)
-            seen = [
-                _Shown(scale(t), torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0, t.numel()) for t in tensors
-            ]
+            seen = [_shown(tensor, scale(tensor)) for tensor in tensors]
             if not seen:
                 return None
             self._shown[key] = _Shown(max(s.size for s in seen), max(s.eps for s in seen), sum(s.numel for s in seen))
@@ -542,6 +544,10 @@ class Estimate(Mapping[int, float]):
                 order = step.forward if key[1] == "forward" else step.backward
                 order.setdefault(key[2], len(order))
         return found
+
+
+def _shown(tensor: Tensor, size: float) -> _Shown:
+    return _Shown(size, torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0, tensor.numel())
 
 
 class _Moved(NamedTuple):

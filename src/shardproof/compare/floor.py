@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from shardproof.compare.measure import furthest, scale, ulp
+from shardproof.compare.measure import look, ulp
 from shardproof.trace.trace import Trace
 
 
@@ -51,7 +51,7 @@ def moved(value: Tensor, want: Tensor, *, scaled: bool) -> Moved | None:
     """How far a disturbed run moved one tensor; None where it says nothing: of another shape, or run into NaN."""
     if value.shape != want.shape:
         return None
-    far, size = furthest(value, want), scale(want)
+    far, size = look(value, want)
     return Moved(scaled, far, ulp(want, size), size) if math.isfinite(far) else None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shardproof.compare.stream import EXACT, Differences, chunks, same_words
+from shardproof.compare.stream import Differences, chunks, furthest_from_zero, same_words
 from shardproof.compare.stream import wide as wide
 from shardproof.compare.verdict import Sample, Verdict
 from shardproof.parallel.piece import Piece
@@ -68,11 +69,28 @@ def furthest(got: Tensor, want: Tensor) -> float:
     Of several chunks whose largest differences round to the same number of float32 the first one's is given: it is the
     largest, or less than a part in 2**23 below it.
     """
+    return look(got, want).far
+
+
+class Look(NamedTuple):
+    """What one pass over two tensors tells."""
+
+    far: float
+    """`furthest(got, want)`."""
+    size: float
+    """`scale(want)`."""
+
+
+def look(got: Tensor, want: Tensor) -> Look:
+    """How far apart two tensors are, and how large the trusted one is, while each chunk is in the cache."""
     got, want = _alike(got, want)
     differences = Differences(got, want)
-    far = seen = 0.0
+    far = seen = size = 0.0
     for _, (one, other) in chunks(got, want):
-        if same_words(one, other):
+        here = furthest_from_zero(other)
+        finite = math.isfinite(here)
+        size = max(size, here if finite else _finite_scale(other))
+        if finite and same_words(one, other):
             continue
         rounded = differences.rounded(one, other) if differences.possible else math.nan
         if rounded <= seen and far:
@@ -81,10 +99,9 @@ def furthest(got: Tensor, want: Tensor) -> float:
             seen, here = rounded, differences.exact(one, other, rounded)
         else:
             here = largest(distance(one, other))
-        if math.isnan(here):
-            return here
-        far = max(far, here)
-    return far
+        # NaN is further than anything, and stays.
+        far = math.nan if math.isnan(far) or math.isnan(here) else max(far, here)
+    return Look(far, size)
 
 
 def _alike(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,20 +119,17 @@ def largest(distances: Tensor) -> float:
 
 def scale(tensor: Tensor) -> float:
     """max|x| over the finite elements; 0 for none."""
-    if not tensor.numel():
-        return 0.0
     size = 0.0
-    simple = not tensor.is_floating_point() or tensor.dtype in EXACT
     for _, (piece,) in chunks(tensor):
-        if simple:
-            # One after the other, while the chunk is in the cache: together they take three times as long.
-            here = max(abs(float(piece.amin())), abs(float(piece.amax())))
-            if math.isfinite(here):
-                size = max(size, here)
-                continue
-        values = wide(piece).abs()
-        size = max(size, float(torch.where(values.isfinite(), values, 0.0).max()))
+        here = furthest_from_zero(piece)
+        size = max(size, here if math.isfinite(here) else _finite_scale(piece))
     return size
+
+
+def _finite_scale(piece: Tensor) -> float:
+    """`scale` of a piece that may hold anything."""
+    values = wide(piece).abs()
+    return float(torch.where(values.isfinite(), values, 0.0).max())
 
 
 def ulp(tensor: Tensor, size: float | None = None) -> float:
@@ -166,10 +180,11 @@ class Outcome:
         return cls(verdict=Verdict.DIFFERENT, error=float("inf"), ranks=tuple(ranks), ratio=None, samples=())
 
 
-def judge(pairs: Iterable[Pair], floor: float) -> Outcome:
-    """Hold every piece against its part of the reference."""
+def judge(pairs: Iterable[Pair], floor: float, looks: Sequence[Look] = ()) -> Outcome:
+    """Hold every piece against its part of the reference; `looks`, one of each pair, where they are known already."""
     pairs = list(pairs)
-    errors = [(furthest(pair.got, pair.want), pair) for pair in pairs]
+    known = looks or [look(pair.got, pair.want) for pair in pairs]
+    errors = [(one.far, pair) for one, pair in zip(known, pairs, strict=True)]
     wrong = [pair for error, pair in errors if not within(error, floor)]
     # NaN compares with nothing, so that max() alone could lose it.
     error = max((error for error, _ in errors if error == error), default=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from shardproof.compare.infer import infer
 from shardproof.compare.infer.placed import spelled
 from shardproof.compare.layouts import in_order, slices, split_dim, starts, tells
-from shardproof.compare.measure import DROWNED, Outcome, Pair, clear, drowned, judge, scale, ulp
+from shardproof.compare.measure import DROWNED, Look, Outcome, Pair, clear, drowned, judge, look, scale, ulp
 from shardproof.compare.nested import inner_pieces
 from shardproof.compare.pending import settled
 from shardproof.compare.verdict import Comparison, Verdict
@@ -26,8 +26,27 @@ ZERO_HIDES = frozenset({"gradient", "grad-norm", "optimizer-state", "update"})
 """Stages in which a tensor of zeros says nothing: any wrong scale or missing sum leaves it as it is."""
 
 
-def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
-    """One parameter-like tensor over all ranks."""
+def looks(keys: Iterable[Key], observed: Observed, reference: Reference) -> dict[Key, list[Look]]:
+    """How far apart the pieces of some keys are, where each has its known place, rank by rank.
+
+    The reference is told how large its tensors are. Floors rest on that, also on that of other tensors, so that all of
+    a stage are looked at before the first floor is asked for: recordings are gigabytes, and are read but once.
+    """
+    found = {}
+    for key in keys:
+        held, wholes = list(observed.held(key)), reference.tensors(key)
+        if len(wholes) != 1 or not held:
+            continue
+        pairs = _placed(held, wholes[0], observed)
+        if pairs:
+            found[key] = [look(pair.got, pair.want) for pair in pairs]
+            size = max(one.size for one in found[key])
+            reference.learn(stand_in(key, reference.trace), wholes[0], size)
+    return found
+
+
+def compare(key: Key, observed: Observed, reference: Reference, known: Sequence[Look] = ()) -> Comparison:
+    """One parameter-like tensor over all ranks; `known` is what `looks` found of it."""
     step, stage, name, part = key
     held = list(observed.held(key))
     wholes = reference.tensors(key)
@@ -39,9 +58,14 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
     if want is None:
         return _nothing_expected(base, held, shape)
     # Copies of the same initial values owe the same bits.
-    size = reference.size(key, want) if len(wholes) == 1 else scale(want)
+    size = max((one.size for one in known), default=None)
+    if size is None:
+        size = reference.size(key, want) if len(wholes) == 1 else scale(want)
     floor = 0.0 if stage == "initial-state" else max(reference.floor(key), ulp(want, size))
     base = replace(base, shape=tuple(want.shape), floor=floor)
+    if known:
+        outcome = judge(_placed(held, want, observed), floor, known)
+        return _judged(base, (outcome, _described(held, observed), ""), want, size, observed)
     inner = inner_pieces(held, tuple(want.shape), observed)
     if inner is not None:
         return _judged(base, _judge_nested(held, inner, want, floor, observed), want, size, observed)
@@ -146,8 +170,27 @@ def _judge(present: Sequence[Held], want: Tensor, floor: float, observed: Observ
     by_hand = [h for h in present if h[1].piece is not None and is_by_hand(h[1].piece)]
     if by_hand:
         return _judge_by_hand(by_hand, want, floor, observed)
-    pairs = [Pair(rank=rank, got=tensor, want=piece.take(want), piece=piece) for rank, piece, tensor in summed(present)]
-    return judge(pairs, floor), describe([(rank, r.piece) for rank, r, _ in present if r.piece], observed), ""
+    return judge(_pairs(present, want), floor), _described(present, observed), ""
+
+
+def _placed(held: Sequence[Held], want: Tensor, observed: Observed) -> list[Pair]:
+    """All pieces beside their parts of the whole, where each has its known place and together they make it up."""
+    shape = tuple(want.shape)
+    for _, record, tensor in held:
+        place = record.piece
+        if tensor is None or place is None or tuple(place.whole) != shape or place.pending or is_by_hand(place):
+            return []
+    if _gap([record.piece for _, record, _ in held], want.numel()) or inner_pieces(held, shape, observed) is not None:
+        return []
+    return _pairs(held, want)
+
+
+def _pairs(held: Sequence[Held], want: Tensor) -> list[Pair]:
+    return [Pair(rank=rank, got=tensor, want=piece.take(want), piece=piece) for rank, piece, tensor in summed(held)]
+
+
+def _described(held: Sequence[Held], observed: Observed) -> str:
+    return describe([(rank, record.piece) for rank, record, _ in held if record.piece], observed)
 
 
 def is_by_hand(piece: Piece) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from shardproof.compare import activations, batches, losses, parameters
 from shardproof.compare.draws import misdrawn
+from shardproof.compare.measure import Look
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed, Reference, causal_order
 from shardproof.spec.stages import STAGES
@@ -36,6 +37,8 @@ def compare_run(
     backward = [key for key in keys if key[1] == "backward"]
     factors: dict[tuple[int, int], float] = {}
     understood = -1
+    known: dict[Key, list[Look]] = {}
+    looked_at: set[tuple[int, str]] = set()
     found: list[Comparison] = []
     for key in keys:
         stage = key[1]
@@ -52,7 +55,10 @@ def compare_run(
                 factors |= activations.backward_factors(own, observed, reference)
             found.append(activations.compare(key, observed, reference, factors))
         else:
-            found.append(parameters.compare(key, observed, reference))
+            if key[:2] not in looked_at:
+                looked_at.add(key[:2])
+                known |= parameters.looks([other for other in keys if other[:2] == key[:2]], observed, reference)
+            found.append(parameters.compare(key, observed, reference, known.pop(key, ())))
         told(found[-1])
     found = [c for c in found if c.step >= 0 or number == 0]
     found = _only_where_gradients_differ(_with_draws(_without_random(found, observed, reference), observed, repeats))

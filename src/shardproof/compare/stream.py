@@ -57,7 +57,7 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
 
 
 def same_words(got: Tensor, want: Tensor) -> bool:
-    """Whether two flat pieces are bitwise the same and finite. Stops at the first difference.
+    """Whether two flat pieces are bitwise the same. Stops at the first difference.
 
     Compared as integers of 8 bytes, three times as fast as the numbers themselves.
     """
@@ -65,12 +65,17 @@ def same_words(got: Tensor, want: Tensor) -> bool:
         return False
     bytes_ = (got.nbytes, got.storage_offset() * got.element_size(), want.storage_offset() * want.element_size())
     word = next(word for width, word in WORDS if not any(count % width for count in bytes_))
-    if not torch.equal(got.view(word), want.view(word)):
-        return False
-    if not got.is_floating_point():
-        return True
-    # A sum is the quickest to tell of NaN, and tells of infinity too, which is then looked at. float8 knows no sum.
-    return got.dtype in EXACT and math.isfinite(float(want.sum()))
+    return torch.equal(got.view(word), want.view(word))
+
+
+def furthest_from_zero(values: Tensor) -> float:
+    """max|x| of a piece that is not empty: NaN or infinite where it holds such elements, or cannot tell."""
+    if values.is_complex() or (values.is_floating_point() and values.dtype not in EXACT):
+        return math.nan
+    # One after the other, while the piece is in the cache: aminmax takes three times as long as both.
+    least, most = float(values.amin()), float(values.amax())
+    # Of NaN both are NaN, but max() may lose one.
+    return max(abs(least), abs(most)) if least == least else math.nan
 
 
 class Differences:

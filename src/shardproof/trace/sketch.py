@@ -43,7 +43,7 @@ TRAILING = 64
 """Trailing dims of the canonical tensor are taken together until they hold so many elements; rows are cut from these,
 so that a slice along an earlier dim keeps whole rows."""
 
-CHUNK = {"cpu": 2**19, "cuda": 2**24}
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
 """Elements multiplied at once, by kind of device: on a CPU what is read in another dtype must stay in its caches."""
 
 KEPT_BYTES = 2**26
@@ -69,7 +69,13 @@ that there is, are estimated best, within 8.3%. All rows share these signs, so t
 
 
 @torch.no_grad()
-def sketch(tensor: Tensor, piece: Piece | None = None, samples: Sequence[str] | None = None) -> Tensor:
+def sketch(
+    tensor: Tensor,
+    piece: Piece | None = None,
+    samples: Sequence[str] | None = None,
+    *,
+    beside: Callable[[Tensor], object] | None = None,
+) -> Tensor:
     """The sketch of a plain local tensor, shape (16, 16): float64 for float64 (and complex128), else float32.
 
     `piece` says where the tensor lies in the whole; left out, it is the whole. What is pending is not waited for: the
@@ -78,6 +84,9 @@ def sketch(tensor: Tensor, piece: Piece | None = None, samples: Sequence[str] | 
     `samples` are digests of the samples along dim 0 of the whole (as `trace.reads.digests` makes them), each of which
     owns equally many rows there, one after the other. The signs of a row then follow from its sample's digest and not
     from its index, so that the sketches of the parts of a batch add up to that of the batch, in whatever order.
+
+    `beside` is called with each chunk of elements, in the dtype that is multiplied, while a CPU has them in its cache;
+    not at all where they are not read in their own order.
 
     NaN shows in all numbers, an infinity as infinity or NaN. Runs on the tensor's device, and does not wait for it.
 
@@ -101,8 +110,9 @@ def sketch(tensor: Tensor, piece: Piece | None = None, samples: Sequence[str] | 
     # Under autocast the products would be of half precision.
     off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
     with off:
-        for block in _blocks(tensor.resolve_neg(), piece, samples):
-            block.add_to(total, dtype)
+        blocks = list(_blocks(tensor.resolve_neg(), piece, samples))
+        for block in blocks:
+            block.add_to(total, dtype, beside if len(blocks) == 1 and block.values.is_contiguous() else None)
     return total.to(dtype)
 
 
@@ -184,8 +194,8 @@ class _Block:
     samples: tuple[str, ...] | None
     """Digests of the samples of the whole, where signs follow them."""
 
-    def add_to(self, total: Tensor, dtype: torch.dtype) -> None:
-        """Add the sketch of the block, chunk by chunk."""
+    def add_to(self, total: Tensor, dtype: torch.dtype, beside: Callable[[Tensor], object] | None) -> None:
+        """Add the sketch of the block, chunk by chunk, each of which `beside` is shown."""
         width = self.cut.width
         start = self.column % width
         across = min(self.values.shape[1], width - start) if start or self.values.shape[1] < width else width
@@ -197,10 +207,12 @@ class _Block:
             part = self.values[:, left : left + columns]
             first, count = (self.column + left) // width, part.shape[1] // across
             for top in range(0, part.shape[0], down):
-                some = part[top : top + down]
+                some = part[top : top + down].to(dtype)
                 over, under = self._row_signs((top, min(top + down, self.values.shape[0])), (first, count))
-                found = _product(some.to(dtype).reshape(-1, across), signs).mul_(over)
+                found = _product(some.reshape(-1, across), signs).mul_(over)
                 total += _product(found.t(), under.to(dtype).t())
+                if beside is not None:
+                    beside(some)
 
     def _row_signs(self, lead: tuple[int, int], rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """e and f, each of shape (n, 16), of n rows: `rows` (first, count) of each of the `lead` (from, to)."""

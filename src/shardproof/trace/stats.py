@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 2**19, "cuda": 2**24}
+from shardproof.parallel.piece import Piece
+from shardproof.trace.sketch import sketch
+
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
 """Elements that all passes read before the next ones are touched, by kind of device: a CPU keeps them in its cache.
-Fewer would keep them closer, and let threads wait for each other more often."""
+Fewer would keep them closer, and let threads wait for each other more often. Whole rows of the last dim, as in a
+sketch: what is summed beside one has the same sums."""
 
 ROW = 2**10
 """Elements whose squares are summed in their own dtype; sums of rows are added in float64."""
@@ -96,6 +100,8 @@ class Stats:
 def combined(parts: Iterable[Stats]) -> Stats:
     """The stats of a whole, of which `parts` are the stats of disjoint pieces."""
     parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
     # Without a finite element the extremes are no numbers of the tensor.
     finite = [part for part in parts if part.finite]
     return Stats(
@@ -127,8 +133,20 @@ def stats_of(tensor: Tensor) -> Stats:
     tensor = tensor.resolve_neg()
     if tensor.device.type != "cpu":
         return _elsewhere(tensor)
-    found = [_of_chunk(chunk) for chunk in _chunks(tensor)]
-    return found[0] if len(found) == 1 else combined(found)
+    return combined([_of_chunk(chunk) for chunk in _chunks(tensor)])
+
+
+@torch.no_grad()
+def sketch_and_stats(
+    tensor: Tensor, piece: Piece | None = None, samples: Sequence[str] | None = None
+) -> tuple[Tensor, Stats]:
+    """Both numbers of a plain tensor, as `sketch` and `stats_of` give them, sums perhaps rounded otherwise: on a CPU
+    in one pass over memory."""
+    if tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return sketch(tensor, piece, samples), stats_of(tensor)
+    found: list[Stats] = []
+    rows = sketch(tensor, piece, samples, beside=lambda chunk: found.append(_of_chunk(chunk.reshape(-1))))
+    return rows, combined(found) if found else stats_of(tensor)
 
 
 @torch.no_grad()
@@ -143,9 +161,11 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
     wide = torch.float64
     if tensor.is_floating_point():
         wide = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+    last = tensor.shape[-1] if tensor.dim() else 1
+    each = most // last * last if 0 < last <= most else most
     for flat in _flat(tensor, most):
-        for start in range(0, flat.shape[0], most):
-            yield flat[start : start + most].to(wide)
+        for start in range(0, flat.shape[0], each):
+            yield flat[start : start + each].to(wide)
 
 
 def _flat(tensor: Tensor, most: int) -> Iterator[Tensor]:

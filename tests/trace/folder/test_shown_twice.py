@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from shardproof.trace.folder.reader import open_recording
 from shardproof.trace.folder.writer import Depth, Writer
 from shardproof.trace.record import Record
 from shardproof.trace.sketch import sketch
-from shardproof.trace.stats import Stats, stats_of
+from shardproof.trace.stats import stats_of
 
 
 @pytest.fixture
@@ -25,11 +26,15 @@ def summed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tensors whose statistics were made."""
     found: list[Tensor] = []
 
-    def counted(tensor: Tensor) -> Stats:
-        found.append(tensor)
-        return stats_of(tensor)
+    def counted(of: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(tensor: Tensor, *rest: object) -> Any:
+            found.append(tensor)
+            return of(tensor, *rest)
 
-    monkeypatch.setattr(module, "stats_of", counted)
+        return counting
+
+    for name in ("stats_of", "sketch_and_stats"):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return found
 
 

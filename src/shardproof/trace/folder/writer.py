@@ -38,8 +38,7 @@ from shardproof.trace.folder.line import (
 from shardproof.trace.folder.names import data_name, files_of_ranks, index_name
 from shardproof.trace.folder.safetensors_file import GrowingFile, write
 from shardproof.trace.record import Record
-from shardproof.trace.sketch import sketch
-from shardproof.trace.stats import Stats, stats_of
+from shardproof.trace.stats import Stats, sketch_and_stats, stats_of
 
 Depth = Literal["full", "sketch", "stats"]
 
@@ -169,15 +168,17 @@ class Writer:
             return Kept("full", shape, local.dtype, file, at, size)
         found = self._lately.find(given, record.piece, samples, depth)
         if found is None:
-            rows = sketch(local, record.piece, samples) if depth == "sketch" else None
-            found = Numbers(stats_of(local), rows)
+            rows, stats = (
+                sketch_and_stats(local, record.piece, samples) if depth == "sketch" else (None, stats_of(local))
+            )
+            found = Numbers(stats, rows)
             self._lately.put(given, record.piece, samples, depth, found)
-        stats, rows = _IN_ORDER(found.stats), found.rows
+        rows, numbers = found.rows, _IN_ORDER(found.stats)
         if rows is None:
-            return Kept("stats", shape, local.dtype, stats=stats)
+            return Kept("stats", shape, local.dtype, stats=numbers)
         file, at, size = self._append(record, rows, " sketch")
         keyed = "index" if samples is None else "samples"
-        return Kept("sketch", shape, local.dtype, file, at, size, keyed, rows.dtype, stats)
+        return Kept("sketch", shape, local.dtype, file, at, size, keyed, rows.dtype, numbers)
 
     def _append(self, record: Record, tensor: Tensor, kind: str) -> tuple[int, int, int]:
         """File, first byte and bytes of a tensor that has been written."""
