@@ -21,9 +21,13 @@ from shardproof.align.pair import Pair, pair
 from shardproof.align.side import Side
 from shardproof.align.traces import Key, Only
 from shardproof.align.whole import whole
+from shardproof.compare.drawn import chosen, pictures
 from shardproof.compare.estimated import Estimate
 from shardproof.compare.floor import measured
+from shardproof.compare.held import parts_held
 from shardproof.compare.losses import NOT_CALLED, NOT_EACH
+from shardproof.compare.measure import by_rank
+from shardproof.compare.picture import Picture
 from shardproof.compare.run import RANDOM, compare_run
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Observed, Reference
@@ -109,6 +113,7 @@ def diff(
     with set_aside():
         compared = Compared.of(found, drawn)
         findings = compared.findings()
+        kept = compared.pictures(findings)
     comparisons = compared.comparisons
     shown = [_of_ranks(c, found.got) for c in _in_words(comparisons, found)]
     time_s = time.perf_counter() - started
@@ -118,6 +123,7 @@ def diff(
         comparisons=tuple(shown),
         findings=tuple(_finding_of_ranks(finding, found.got) for finding in findings),
         notes=tuple(_notes(found, shown)),
+        pictures=tuple(_picture_of_ranks(picture, found.got) for picture in kept),
         time_s=time_s,
     )
     return Report(
@@ -258,6 +264,14 @@ class Compared:
         )
         return [explain(case) if valued else explain(case, families(found.want, found.got))]
 
+    def pictures(self, findings: Sequence[Finding]) -> tuple[Picture, ...]:
+        """What the report keeps of a few tensors of which both sides have values."""
+        about = [found.comparison.key for found in findings if found.comparison is not None]
+        wanted = [c for c in chosen(self.comparisons, about) if c.key in self.valued]
+        reference = self._reference(self.valued)
+        by_step = {step: self._observed(self.valued, step) for step in {c.step for c in wanted}}
+        return pictures(wanted, lambda c: parts_held(c.key, by_step[c.step], reference))
+
     def _contributions(self, step: int) -> list[Contribution]:
         keys = {key for key in self.valued if key[0] == step}
         reference = self._reference(keys)
@@ -366,6 +380,15 @@ def _of_ranks(comparison: Comparison, side: Side) -> Comparison:
         comparison,
         ranks=tuple(sorted(side.rank(place) for place in comparison.ranks)),
         samples=tuple(replace(sample, rank=side.rank(sample.rank)) for sample in comparison.samples),
+        errors=by_rank((side.rank(place), error) for place, error in enumerate(comparison.errors) if error is not None),
+    )
+
+
+def _picture_of_ranks(picture: Picture, side: Side) -> Picture:
+    return replace(
+        picture,
+        owners=tuple(tuple(sorted(map(side.rank, places))) for places in picture.owners),
+        got=tuple(sorted((side.rank(place), values) for place, values in picture.got)),
     )
 
 

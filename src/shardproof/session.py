@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from shardproof.compare.drawn import chosen
 from shardproof.compare.floor import Moved, floor_of
+from shardproof.compare.picture import Picture
 from shardproof.compare.reads import Reads, digest_of, understand
 from shardproof.compare.split import sharded_over
 from shardproof.compare.verdict import Comparison
@@ -17,6 +19,7 @@ from shardproof.diagnose.at_once import at_once
 from shardproof.diagnose.blind import Lived, blind_spots
 from shardproof.diagnose.case import Facts
 from shardproof.diagnose.explain import first_divergence, needs_numbers
+from shardproof.diagnose.finding import Finding
 from shardproof.diagnose.invariants import explain_invariants
 from shardproof.errors import StrategyError, UsageError
 from shardproof.parallel.mesh import axis_of
@@ -173,6 +176,9 @@ class Session:
             sharded=sharded_over(pieces, layout),
             collectives=collectives,
             notes=self._notes(reads),
+            pictures=self._pictures(name, trusted, observed, unclipped, parts, compared, findings)
+            if variant is None
+            else (),
             shown=self.ranks.call("show", name, shown, ranks=[0])[0] if shown else {},
             time_s=time.perf_counter() - started,
         )
@@ -361,6 +367,23 @@ class Session:
                 "batch; pad all samples to one length for the check"
             )
         return tuple(tuple((rank // layout.tp, m) for rank, m in step) for step in reads.sources)
+
+    def _pictures(
+        self,
+        name: str,
+        trusted: Trusted,
+        observed: Observed,
+        unclipped: str | None,
+        parts: Sequence[Sequence[tuple[int, int]]],
+        compared: Sequence[Comparison],
+        findings: Sequence[Finding],
+    ) -> tuple[Picture, ...]:
+        """What is kept of a few tensors: the traces do not outlive the check."""
+        about = [found.comparison.key for found in findings if found.comparison is not None]
+        arguments = (name, trusted.name, trusted.floors, observed, unclipped, parts, chosen(compared, about))
+        during = f"keeping values of {observed.parallelism.strategy}"
+        kept: tuple[Picture, ...] = self.ranks.call("pictures", *arguments, ranks=[0], during=during)[0]
+        return kept
 
     def _notes(self, reads: Reads) -> tuple[str, ...]:
         read, wanted = len(reads.batches[0]), self.worker.experiment.batch_size

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardproof.compare.assemble import assemble
+from shardproof.compare.drawn import pictures
 from shardproof.compare.floor import Moved, moved
+from shardproof.compare.held import Part, parts_held
 from shardproof.compare.invariants import Seen, compare_invariants
 from shardproof.compare.parameters import compare as compare_parameter
+from shardproof.compare.picture import Picture
 from shardproof.compare.run import compare_run
 from shardproof.compare.told import told_by
 from shardproof.compare.verdict import Comparison
@@ -249,6 +252,31 @@ class Worker:
                     probe=Probe(run),
                 )
             )
+
+    def pictures(
+        self,
+        place: Place,
+        name: str,
+        trusted: str,
+        floors: Mapping[int, float],
+        observed: Observed,
+        unclipped: str | None,
+        parts: Sequence[Sequence[tuple[int, int]]],
+        chosen: Sequence[Comparison],
+    ) -> tuple[Picture, ...]:
+        """What is to be kept of a few tensors (`compare.picture.chosen`) when the traces are gone.
+
+        Of gradients of the first step that were looked at before a user's own clipping (`unclipped`), that run's.
+        """
+        del place
+        reference = Reference(trace=TraceFile(self.trace(trusted, 0)), floors=floors, parts=parts)
+        run = replace(observed, ranks=self._traces(name, observed))
+        before = run if unclipped is None else replace(observed, ranks=self._traces(unclipped, observed))
+
+        def held(c: Comparison) -> list[Part]:
+            return parts_held(c.key, before if c.stage == "gradient" and c.step == 0 else run, reference)
+
+        return pictures(chosen, held)
 
     def invariants(
         self, place: Place, name: str, observed: Observed, shapes: Mapping[str, tuple[int, ...]]

@@ -69,3 +69,10 @@ def test_a_mistake_in_the_loop_is_named(
     assert not report.ok
     assert report.first is not None
     assert (report.first.cause, report.first.stage) == (cause, stage), str(report)
+
+
+def test_what_the_page_needs_is_kept_of_recordings(recorded: dict[tuple[str, int], Path]) -> None:
+    report = sp.diff(recorded["single", 1], recorded["tp", 4])
+    owners = {ranks for picture in report.runs[0].pictures for ranks in picture.owners}
+    assert {0, 1, 2, 3} == {rank for ranks in owners for rank in ranks}
+    assert (0,) in owners

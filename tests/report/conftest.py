@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from array import array
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from browser import Page, opened
 
+from shardproof.compare.picture import Picture
 from shardproof.compare.verdict import Comparison, Sample, Verdict
-from shardproof.diagnose.finding import Finding
+from shardproof.diagnose.finding import Finding, Hypothesis
 from shardproof.report.data import Report, Run, Shown
 
 LONG_NAME = "model.language_model.encoder.layers.11.self_attention.query_key_value_projection.lora_A.default.weight"
@@ -121,3 +127,51 @@ def held(parity: Report) -> Report:
     runs = ((ddp, whole), (fsdp, row), (tp_fsdp, none))
     # Recorded out of order: reading goes by stage.
     return replace(parity, runs=tuple(replace(run, shown={2: (piece, batch)}) for run, piece in runs))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """One browser for all tests of the page."""
+    with opened(tmp_path_factory.mktemp("browser")) as page:
+        yield page
+
+
+def picture_of(comparison: Comparison) -> Picture:
+    """A vector of 64 over two peers of four data ranks, of which the first half is off."""
+    half = tuple(0.01 * at for at in range(8))
+    return Picture(
+        key=comparison.key,
+        shape=(64,),
+        split=0,
+        cells=(1, 64),
+        owners=((0, 2, 4, 6), (1, 3, 5, 7)),
+        held=bytes([0] * 32 + [1] * 32),
+        heat=array("d", [comparison.error * (at + 1) / 32 for at in range(31)] + [math.inf] + [0.0] * 32),
+        first=(0, 28),
+        window=(1, 8),
+        want=half,
+        got=((0, (*(value / 2 for value in half[:4]), None, None, None, None)), (1, (None,) * 4 + half[4:])),
+    )
+
+
+@pytest.fixture
+def pictured(divergence: Report) -> Report:
+    """The report with a picture of the wrong tensor, its errors rank by rank, and what was tried."""
+    ddp, fsdp, bad, last = divergence.runs
+    wrong = replace(bad.comparisons[-1], errors=(0.0123, 0.004, 0.0123, 0.0123, None, 0.0, 1e-17, 0.0123))
+    tried = (Hypothesis(name="another rank's slice", residual=4.1e14, holds=False),)
+    found = replace(bad.findings[0], comparison=wrong, tried=tried)
+    bad = replace(
+        bad,
+        comparisons=(*bad.comparisons[:-1], wrong),
+        findings=(found, *bad.findings[1:]),
+        pictures=(picture_of(wrong),),
+    )
+    return replace(divergence, runs=(ddp, fsdp, bad, last))
+
+
+@pytest.fixture
+def page(browser: Page, pictured: Report, tmp_path: Path) -> Page:
+    """The page of that report, in the browser."""
+    pictured.to_html(tmp_path / "report.html")
+    return browser.open(tmp_path / "report.html")

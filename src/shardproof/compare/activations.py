@@ -18,6 +18,7 @@ from shardproof.compare.measure import (
     DROWNED,
     Outcome,
     Pair,
+    by_rank,
     clear,
     drowned,
     judge,
@@ -166,6 +167,12 @@ def _merged(base: Comparison, fits: list[Fit], *, size: float) -> Comparison:
         ranks=tuple(sorted({rank for fit in wrong for rank in fit.outcome.ranks})),
         ratio=ratios.pop() if len(ratios) == 1 else None,
         samples=wrong[0].outcome.samples if wrong else (),
+        errors=by_rank(
+            (rank, error / fit.unit * furthest.unit)
+            for fit in fits
+            for rank, error in enumerate(fit.outcome.errors)
+            if error is not None
+        ),
         layout=(wrong or fits)[0].layout,
     )
     if result.verdict is Verdict.DIFFERENT and drowned(result.error, result.floor, size * furthest.unit):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from shardproof.compare.measure import Pair, furthest, worst
+from shardproof.compare.measure import Pair, by_rank, furthest, worst
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.compare.view import Key, Observed
 
@@ -36,10 +36,12 @@ def compare(key: Key, observed: Observed) -> Comparison:
         pairs += [Pair(rank=rank, got=tensor, want=other), Pair(rank=first, got=other, want=other)]
     if not pairs:
         return base
+    errors = [(pair.rank, furthest(pair.got, pair.want)) for pair in pairs]
     return replace(
         base,
         verdict=Verdict.DIFFERENT,
-        error=max(furthest(pair.got, pair.want) for pair in pairs),
+        error=max(error for _, error in errors),
+        errors=by_rank(errors),
         reason="ranks of one tensor-parallel group read different samples",
         ranks=tuple(sorted({pair.rank for pair in pairs})),
         samples=tuple(worst([pair for pair in pairs if pair.got is not pair.want])),

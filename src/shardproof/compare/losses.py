@@ -54,6 +54,7 @@ def compare(key: Key, observed: Observed, reference: Reference) -> Comparison:
         ranks=outcome.ranks,
         ratio=outcome.ratio,
         samples=outcome.samples,
+        errors=outcome.errors,
     )
 
 

@@ -173,6 +173,8 @@ class Outcome:
     """Ranks whose piece differs."""
     ratio: float | None
     samples: tuple[Sample, ...]
+    errors: tuple[float | None, ...] = ()
+    """As `Comparison.errors`."""
 
     @classmethod
     def impossible(cls, ranks: Iterable[int]) -> Outcome:
@@ -202,7 +204,19 @@ def judge(pairs: Iterable[Pair], floor: float, looks: Sequence[Look] = ()) -> Ou
         ranks=tuple(sorted({pair.rank for pair in wrong})),
         ratio=constant_ratio(pairs, floor) if wrong else None,
         samples=tuple(worst(wrong)),
+        errors=by_rank((pair.rank, error) for error, pair in errors),
     )
+
+
+def by_rank(errors: Iterable[tuple[int, float]]) -> tuple[float | None, ...]:
+    """The largest error on each rank, in order, None for a rank without any; empty where all are 0. NaN stays."""
+    largest_of: dict[int, float] = {}
+    for rank, error in errors:
+        known = largest_of.get(rank, 0.0)
+        largest_of[rank] = error if math.isnan(error) or error > known else known
+    if not any(largest_of.values()):
+        return ()
+    return tuple(largest_of.get(rank) for rank in range(max(largest_of) + 1))
 
 
 def constant_ratio(pairs: list[Pair], floor: float) -> float | None:

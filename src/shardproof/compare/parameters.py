@@ -106,6 +106,7 @@ def _judged(
         ranks=outcome.ranks,
         ratio=outcome.ratio,
         samples=outcome.samples,
+        errors=outcome.errors,
         layout=layout,
         reason=reason,
     )

@@ -75,6 +75,10 @@ class Comparison:
     samples: tuple[Sample, ...] = ()
     """The elements that differ most."""
 
+    errors: tuple[float | None, ...] = ()
+    """max|got - want| on each rank, in order, None for one that shows no piece; empty where there is no difference, or
+    where the ranks were not looked at one by one."""
+
     @property
     def key(self) -> tuple[int, str, str, str]:
         """Step, stage, name, part."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shardproof.compare.picture import Picture
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose.finding import Finding
 from shardproof.report.spelling import apart
@@ -53,6 +54,9 @@ class Run:
 
     notes: tuple[str, ...] = ()
     """What a reader should know beside the verdicts."""
+
+    pictures: tuple[Picture, ...] = ()
+    """What was kept of a few tensors, for the page: those that differ first and most, and one of each layout."""
 
     shown: Mapping[int, tuple[Shown, ...]] = field(default_factory=dict)
     """Rank -> what it held, for the ranks that `show` asked for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
@@ -69,8 +69,8 @@ def full(run: Run, finding: Finding, reference: str, width: int) -> Iterator[Tex
     compared = finding.comparison
     yield from labelled("cause", finding.cause, width, style="bold")
     yield from labelled("stage", f"{finding.stage}, {spelling.step(finding.step)}", width)
-    yield from labelled("where", _where(finding, compared), width, style="bold")
-    yield from labelled("ranks", _who(finding, run), width)
+    yield from labelled("where", where(finding, compared), width, style="bold")
+    yield from labelled("ranks", who(finding, run), width)
     if finding.axis:
         yield from labelled("axis", finding.axis, width)
     if finding.factor is not None:
@@ -81,13 +81,13 @@ def full(run: Run, finding: Finding, reference: str, width: int) -> Iterator[Tex
     if finding.evidence:
         yield from labelled("evidence", finding.evidence, width)
     for number, hypothesis in enumerate(finding.tried[:TRIED]):
-        yield from labelled("" if number else "tried", _tried(hypothesis), width)
+        yield from labelled("" if number else "tried", tried(hypothesis), width)
     if finding.fix:
         yield from labelled("fix", finding.fix, width, style="bold green")
     yield from _following(run, width)
 
 
-def _tried(hypothesis: Hypothesis) -> str:
+def tried(hypothesis: Hypothesis) -> str:
     """`a combination of 12 contributions: holds, 0.8 floors left`."""
     if hypothesis.holds:
         left = f", {spelling.floors(hypothesis.residual)} left" if hypothesis.residual else ""
@@ -96,14 +96,16 @@ def _tried(hypothesis: Hypothesis) -> str:
     return f"{hypothesis.name}: no{left}"
 
 
-def _where(finding: Finding, compared: Comparison | None) -> str:
+def where(finding: Finding, compared: Comparison | None) -> str:
+    """`blocks.0.norm.weight, shape [64]`."""
     if compared is None or finding.where not in (compared.name, f"{compared.name}{compared.part}"):
         return finding.where
     named = spelling.with_part(compared.name, compared.part)
     return f"{named}, shape {_index(compared.shape)}" if compared.shape else named
 
 
-def _who(finding: Finding, run: Run) -> str:
+def who(finding: Finding, run: Run) -> str:
+    """`0,2 of 4 (dp_shard 2 x tp 2)`."""
     world = math.prod(run.degrees.values())
     mesh = f"{world} ({spelling.degrees(run.degrees)})" if world > 1 else "1"
     if not finding.ranks:
@@ -115,19 +117,29 @@ def _who(finding: Finding, run: Run) -> str:
 def _sizes(compared: Comparison, finding: Finding, reference: str, width: int) -> Iterator[Text]:
     if compared.layout:
         yield from labelled("layout", compared.layout, width)
-    yield from labelled("difference", _difference(compared), width)
+    yield from labelled("difference", difference(compared), width)
     if compared.ratio is not None and finding.factor is None:
         yield from labelled("", f"the same factor everywhere: {spelling.factor(compared.ratio)}", width)
     if compared.reason and compared.reason not in finding.evidence:
         yield from labelled("", compared.reason, width)
     if compared.samples:
-        # Stable, so that the worst elements stay first on each rank.
-        shown = sorted(compared.samples[:SAMPLES], key=lambda sample: sample.rank)
-        # What a rank read is held against the other ranks of its group, not against the reference.
-        yield from _side_by_side(shown, "its peer" if finding.stage == "batch" else reference)
+        yield from _side_by_side(shown(compared), against(finding.stage, reference))
 
 
-def _difference(compared: Comparison) -> str:
+def shown(compared: Comparison) -> list[Sample]:
+    """The elements that differ most, rank by rank."""
+    # Stable, so that the worst elements stay first on each rank.
+    return sorted(compared.samples[:SAMPLES], key=lambda sample: sample.rank)
+
+
+def against(stage: str, reference: str) -> str:
+    """What values of a stage are held against."""
+    # What a rank read is held against the other ranks of its group, not against the reference.
+    return "its peer" if stage == "batch" else reference
+
+
+def difference(compared: Comparison) -> str:
+    """`0.1134, where rounding moves 8.3e-17: 1.4e+15 floors`."""
     error, floor = spelling.number(compared.error), spelling.number(compared.floor, 2)
     if math.isnan(compared.error):
         return f"NaN, where rounding moves {floor}"
@@ -136,7 +148,8 @@ def _difference(compared: Comparison) -> str:
     return f"{error}, where rounding moves {floor}: {spelling.floors(compared.floors)}"
 
 
-def _side_by_side(samples: list[Sample], against: str) -> Iterator[Text]:
+def side_by_side(samples: Sequence[Sample], against: str) -> list[tuple[str, str, str, str]]:
+    """Rank, index, got and want of each sample under their heads, with digits enough to tell the two apart."""
     digits = spelling.digits_apart((sample.got, sample.want) for sample in samples)
     rows = [("rank", "index", "got", f"want ({against})")]
     rows += [
@@ -148,7 +161,11 @@ def _side_by_side(samples: list[Sample], against: str) -> Iterator[Text]:
         )
         for sample in samples
     ]
-    for position, line in enumerate(columns(rows, right=frozenset({0, 2, 3}))):
+    return rows
+
+
+def _side_by_side(samples: Sequence[Sample], against: str) -> Iterator[Text]:
+    for position, line in enumerate(columns(side_by_side(samples, against), right=frozenset({0, 2, 3}))):
         lead = f"{INDENT}{'values' if position == 0 else '':<{LABEL_WIDTH}}"
         yield Text.assemble((lead, "dim"), (line, "dim" if position == 0 else ""))
 

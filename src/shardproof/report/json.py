@@ -96,7 +96,9 @@ def _finding(finding: Finding) -> dict[str, object]:
 
 
 def _comparison(comparison: Comparison) -> dict[str, object]:
-    return {**_fields(comparison), "floors": _plain(comparison.floors)}
+    # Errors of single ranks are for the page: in a report of thousands of tensors they would be most of the file.
+    fields = {name: value for name, value in _fields(comparison).items() if name != "errors"}
+    return {**fields, "floors": _plain(comparison.floors)}
 
 
 def _fields(record: object) -> dict[str, object]:

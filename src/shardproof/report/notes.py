@@ -13,23 +13,30 @@ from shardproof.report.lines import heading, item
 
 def notes(report: Report, width: int) -> Iterator[Text]:
     """Tensors that were not checked, by reason; notes on single runs; warnings about the experiment."""
+    for title, said, style in listed(report):
+        yield from heading(title, style=style)
+        for one in said:
+            yield from item(one, width)
+
+
+def listed(report: Report) -> Iterator[tuple[str, list[str], str]]:
+    """(heading, its items, its style) of whatever there is to say."""
     reasons = dict.fromkeys(reason for run in report.runs for reason in run.not_checked)
     if reasons:
-        yield from heading("not checked")
-        for reason in reasons:
-            counts = {run.strategy: run.not_checked.get(reason, 0) for run in report.runs}
-            yield from item(f"{_how_many(counts)}: {reason or 'no reason was given'}", width)
+        yield "not checked", [_unchecked(report, reason) for reason in reasons], "bold"
     remarks = dict.fromkeys(note for run in report.runs for note in run.notes)
     if remarks:
-        yield from heading("notes")
-        for remark in remarks:
-            # Of two recordings each remark says itself whose it is.
-            yield from item(remark if report.recorded else f"{_strategies(report.runs, remark)}: {remark}", width)
+        # Of two recordings each remark says itself whose it is.
+        whose = "" if report.recorded else "{}: "
+        yield "notes", [whose.format(_strategies(report.runs, one)) + one for one in remarks], "bold"
     if report.warnings:
         what = "these recordings do not show" if report.recorded else "this experiment cannot show"
-        yield from heading(f"warnings: what {what}", style="bold yellow")
-        for warning in report.warnings:
-            yield from item(warning, width)
+        yield f"warnings: what {what}", list(report.warnings), "bold yellow"
+
+
+def _unchecked(report: Report, reason: str) -> str:
+    counts = {run.strategy: run.not_checked.get(reason, 0) for run in report.runs}
+    return f"{_how_many(counts)}: {reason or 'no reason was given'}"
 
 
 def _how_many(counts: dict[str, int]) -> str:

@@ -52,7 +52,7 @@ def table(report: Report, width: int) -> Iterator[Text]:
     runs, heads = report.runs, ("recording" if report.recorded else "strategy", *HEADS)
     layout_width = max((len(spelling.degrees(run.degrees)) for run in runs), default=0)
     tails = [f"{'layout':<{layout_width}}{GAP}worst"]
-    tails += [f"{spelling.degrees(run.degrees):<{layout_width}}{GAP}{_worst(run)}" for run in runs]
+    tails += [f"{spelling.degrees(run.degrees):<{layout_width}}{GAP}{worst(run)}" for run in runs]
     rows = columns([heads, *map(_cells, runs)], right=NUMBERS)
     if len(rows[0]) + len(GAP) + max(map(len, tails)) <= width:
         yield Text(f"{rows[0]}{GAP}{tails[0]}", "dim")
@@ -61,8 +61,7 @@ def table(report: Report, width: int) -> Iterator[Text]:
     else:
         yield from _stacked(runs, heads, width)
     yield Text()
-    legend = LEGEND_ESTIMATED if report.estimated else LEGEND_OF_REPLICAS if report.invariants else LEGEND
-    yield from (Text(line, "dim") for line in wrapped(legend, width))
+    yield from (Text(line, "dim") for line in wrapped(legend(report), width))
 
 
 def _cells(run: Run) -> tuple[str, ...]:
@@ -75,12 +74,18 @@ def _cells(run: Run) -> tuple[str, ...]:
     )
 
 
-def _worst(run: Run, room: int = 1000) -> str:
-    worst = run.worst
-    if worst is None:
+def legend(report: Report) -> str:
+    """What the verdicts mean."""
+    return LEGEND_ESTIMATED if report.estimated else LEGEND_OF_REPLICAS if report.invariants else LEGEND
+
+
+def worst(run: Run, room: int = 1000) -> str:
+    """`1.8 floors, backward of blocks.0`."""
+    furthest = run.worst
+    if furthest is None:
         return "bitwise equal" if run.verdicts[Verdict.EQUAL] else "nothing was compared"
-    distance = spelling.floors(worst.floors)
-    return f"{distance}, {spelling.tensor(worst.stage, worst.name, worst.part, room - len(distance) - 2)}"
+    distance = spelling.floors(furthest.floors)
+    return f"{distance}, {spelling.tensor(furthest.stage, furthest.name, furthest.part, room - len(distance) - 2)}"
 
 
 def _coloured(line: str, run: Run) -> Text:
@@ -104,5 +109,5 @@ def _stacked(runs: Sequence[Run], heads: Sequence[str], width: int) -> Iterator[
 
 def _tail(run: Run, width: int) -> list[str]:
     lead = f"{spelling.degrees(run.degrees)}; worst: "
-    beside = f"{lead}{_worst(run, width - len(lead))}"
-    return [beside] if len(beside) <= width else [lead.rstrip(), f"{INDENT}{_worst(run, width - len(INDENT))}"]
+    beside = f"{lead}{worst(run, width - len(lead))}"
+    return [beside] if len(beside) <= width else [lead.rstrip(), f"{INDENT}{worst(run, width - len(INDENT))}"]

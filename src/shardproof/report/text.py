@@ -108,12 +108,17 @@ def _diverges(strategies: list[str], found: Finding, width: int) -> str:
 
 
 def _header(report: Report, width: int) -> Iterator[Text]:
+    yield from (Text(line, "bold") for line in wrapped(f"shardproof: {report.experiment}", width))
+    yield from (Text(line) for line in wrapped(setting(report), width))
+
+
+def setting(report: Report) -> str:
+    """`against single, float64, 4 ranks, 3 steps, cpu, 3.1 s`."""
     steps = f"{spelling.count(report.steps, 'step')}{' in common' if report.recorded else ''}"
     sizes = f"{spelling.count(report.ranks, 'rank')}, {steps}, {report.device}"
     time = f", {spelling.duration(report.time_s)}" if report.time_s else ""
-    yield from (Text(line, "bold") for line in wrapped(f"shardproof: {report.experiment}", width))
     against = "replicas against each other" if report.invariants else f"against {report.reference}"
-    yield from (Text(line) for line in wrapped(f"{against}, {report.dtype}, {sizes}{time}", width))
+    return f"{against}, {report.dtype}, {sizes}{time}"
 
 
 def _divergences(report: Report, width: int, *, verbose: bool) -> Iterator[Text]:
