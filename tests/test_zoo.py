@@ -287,7 +287,7 @@ def test_verbose_adds_every_finding_in_full() -> None:
 
 def test_json_has_the_names_that_others_read() -> None:
     written = json.loads(json.dumps(as_json.to_dict(report([GOOD, UNSEEN], [PASSED, ALARM])), allow_nan=False))
-    assert set(written) == {"setting", "bugs", "controls", "false_alarms"}
+    assert set(written) == {"schema_version", "setting", "bugs", "controls", "false_alarms"}
     assert written["setting"] == {"seed": 0, "width": 4, "dp": 4, "tp": 4, "grid": [2, 2], "microbatches": 3}
     assert written["bugs"][0] == {
         "name": "ddp_module_bypass",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shardproof.parity import assert_parity, check
     from shardproof.record.watch import record
     from shardproof.report.data import Report, Run
+    from shardproof.report.schemas import report_schema
     from shardproof.spec.duration import Duration
     from shardproof.spec.experiment import Experiment
     from shardproof.spec.loading import load
@@ -102,6 +103,7 @@ _HOMES = {
     "diff": "diff",
     "load": "spec.loading",
     "record": "record.watch",
+    "report_schema": "report.schemas",
 }
 """Public name -> the module it lives in, loaded when the name is first used: `import shardproof` loads no torch."""
 
@@ -154,6 +156,7 @@ __all__ = [
     "diff",
     "load",
     "record",
+    "report_schema",
 ]
 
 

@@ -22,10 +22,13 @@ from rich.console import Console
 from rich.text import Text
 
 from shardproof import cli_diff, cli_show, cli_train
+from shardproof.cli_written import Annotate, Html, Json, Junit, Written
 from shardproof.errors import ShardproofError, UsageError
 from shardproof.ranks.launch import Launch
-from shardproof.report import file, show, text
+from shardproof.report import file, schemas, show, text
 from shardproof.report.data import Report
+from shardproof.report.places import Place
+from shardproof.report.places import places as places_of
 from shardproof.report.progress import progress_on
 from shardproof.report.spelling import printable
 from shardproof.spec.loading import load
@@ -123,8 +126,10 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
         bool, typer.Option("--invariants", help="Replicas against each other; no reference.")
     ] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Wait this long for an answer.")] = 600.0,
-    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as a web page.")] = None,
+    json: Json = None,
+    html: Html = None,
+    junit: Junit = None,
+    annotate: Annotate = False,
     show_ranks: Annotated[
         list[int] | None,
         typer.Option("--show", min=0, metavar="RANK", help="Print what this rank held. Repeatable."),
@@ -156,38 +161,45 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
     with _exit_codes():
         # Whatever is wrong with the options is said before torch is loaded and anything is trained.
         wanted = _wanted(strategies, strategy or (), ranks)
-        _refuse((json, html), both=quiet and verbose, timeout_s=timeout)
-        loaded = load(experiment)
+        _refuse(both=quiet and verbose, timeout_s=timeout)
+        written = Written(json=json, html=html, junit=junit, annotate=annotate)
+        written.refuse()
+        asked = Report(
+            experiment=experiment, runs=(), ranks=ranks, steps=0, dtype=dtype, device=device, reference=reference
+        )
+        places: dict[str, Place] = {}
         progress = progress_on(Console(stderr=True), quiet=quiet)
-        try:
-            from shardproof.parity import check  # noqa: PLC0415  (loads torch)
+        with written.reporting(asked, places):
+            loaded = load(experiment)
+            if annotate:
+                places |= places_of(loaded)
+            try:
+                from shardproof.parity import check  # noqa: PLC0415  (loads torch)
 
-            report = check(
-                loaded,
-                strategies=wanted,
-                ranks=ranks,
-                dtype=dtype,
-                device=device,
-                steps=steps,
-                reference=reference,
-                shuffle=shuffle,
-                invariants=invariants,
-                timeout_s=timeout,
-                show=tuple(show_ranks or ()),
-                prove=prove,
-                progress=progress,
-            )
-        finally:
-            progress.close()
+                report = check(
+                    loaded,
+                    strategies=wanted,
+                    ranks=ranks,
+                    dtype=dtype,
+                    device=device,
+                    steps=steps,
+                    reference=reference,
+                    shuffle=shuffle,
+                    invariants=invariants,
+                    timeout_s=timeout,
+                    show=tuple(show_ranks or ()),
+                    prove=prove,
+                    progress=progress,
+                )
+            finally:
+                progress.close()
         if report is None:
             # Under torchrun every rank runs this command, and the leader alone has a report: the others end silently.
             return
         report = replace(report, experiment=experiment)
-        _print(report, show_ranks or (), quiet=quiet, verbose=verbose)
-        if json is not None:
-            report.to_json(json)
-        if html is not None:
-            report.to_html(html)
+        with written.printing():
+            _print(report, show_ranks or (), written.console, quiet=quiet, verbose=verbose)
+        written.write(report, places)
         if not report.ok:
             raise typer.Exit(DIVERGED)
 
@@ -220,6 +232,23 @@ def _export(**options: Any) -> None:
 def _show(**options: Any) -> None:
     with _exit_codes():
         cli_show.show(**options)
+
+
+@app.command("schema", short_help="Print the JSON Schema of what is written as JSON.")
+def _schema(
+    name: Annotated[str, typer.Argument(metavar="[report|zoo]", help="Reports of check and diff; or of the zoo.")] = (
+        "report"
+    ),
+) -> None:
+    """Print the JSON Schema (2020-12) of the files that --json writes.
+
+    \b
+    Examples:
+      shardproof schema
+      shardproof schema zoo
+    """
+    with _exit_codes():
+        typer.echo(schemas.text(name), nl=False)
 
 
 @app.command("zoo", short_help="Check known bugs, and right code that looks like them.")
@@ -257,7 +286,9 @@ def _zoo(  # noqa: PLR0913  (typer declares an option by a parameter)
       2  wrong use
     """
     with _exit_codes():
-        _refuse((json,), both=quiet and verbose)
+        _refuse(both=quiet and verbose)
+        if json is not None:
+            file.check(json)
         if Launch.of(os.environ) is not None:
             raise UsageError("zoo: starts its own ranks, more or fewer for each entry; run it without torchrun")
         setting = Setting(seed=seed, width=width, dp=dp, tp=tp, grid=axes(grid), microbatches=microbatches)
@@ -296,20 +327,16 @@ def _lines(lines: Iterable[Text], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def _refuse(paths: Iterable[Path | None], *, both: bool, timeout_s: float = 1.0) -> None:
+def _refuse(*, both: bool, timeout_s: float = 1.0) -> None:
     """Raises `UsageError` for options that cannot be meant; `both` is whether quiet and verbose are asked for."""
     if both:
         raise UsageError("--quiet and --verbose exclude each other; give one")
     if not timeout_s > 0:
         raise UsageError(f"--timeout {timeout_s:g}: give a number of seconds above 0")
-    for path in paths:
-        if path is not None:
-            file.check(path)
 
 
-def _print(report: Report, show_ranks: Sequence[int], *, quiet: bool, verbose: bool) -> None:
-    """To stdout: what ranks held first, because the conclusion is to be the last thing on the screen."""
-    console = Console()
+def _print(report: Report, show_ranks: Sequence[int], console: Console, *, quiet: bool, verbose: bool) -> None:
+    """What ranks held first, because the conclusion is to be the last thing on the screen."""
     for rank in show_ranks:
         show.show(report, rank, console)
     if quiet:

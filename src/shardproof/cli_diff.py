@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from shardproof.cli_written import Annotate, Html, Json, Junit, Written
 from shardproof.errors import UsageError
-from shardproof.report import file, text
+from shardproof.report import text
 from shardproof.report.data import Report
 
 
@@ -26,8 +26,10 @@ def diff(  # noqa: PLR0913  (typer declares an option by a parameter)
         str | None, typer.Option(metavar="DEGREES", help="How A was laid out: tp=2,dp_shard=2.")
     ] = None,
     layout_b: Annotated[str | None, typer.Option(metavar="DEGREES", help="How B was laid out.")] = None,
-    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the report as a web page.")] = None,
+    json: Json = None,
+    html: Html = None,
+    junit: Junit = None,
+    annotate: Annotate = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every tensor, every finding.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the conclusion only.")] = False,
 ) -> Report:
@@ -51,19 +53,18 @@ def diff(  # noqa: PLR0913  (typer declares an option by a parameter)
     """
     if quiet and verbose:
         raise UsageError("--quiet and --verbose exclude each other; give one")
-    for path in (json, html):
-        if path is not None:
-            file.check(path)
-    from shardproof.diff import diff as compare  # noqa: PLC0415  (loads torch)
+    written = Written(json=json, html=html, junit=junit, annotate=annotate)
+    written.refuse()
+    asked = Report(experiment=str(b), runs=(), ranks=0, steps=0, dtype="", device="", reference=str(a), recorded=True)
+    with written.reporting(asked, {}):
+        from shardproof.diff import diff as compare  # noqa: PLC0415  (loads torch)
 
-    report = compare(a, b, map=map or (), noise=noise or (), layout_a=layout_a, layout_b=layout_b)
-    console = Console()
-    if quiet:
-        console.print(text.conclusion(report, console.width), soft_wrap=True, highlight=False)
-    else:
-        text.render(report, console, verbose=verbose)
-    if json is not None:
-        report.to_json(json)
-    if html is not None:
-        report.to_html(html)
+        report = compare(a, b, map=map or (), noise=noise or (), layout_a=layout_a, layout_b=layout_b)
+    console = written.console
+    with written.printing():
+        if quiet:
+            console.print(text.conclusion(report, console.width), soft_wrap=True, highlight=False)
+        else:
+            text.render(report, console, verbose=verbose)
+    written.write(report, {})
     return report

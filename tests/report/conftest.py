@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from browser import Page, opened
+from shown_names import LONG_NAME, NAMES
 
 from shardproof.compare.picture import Picture
 from shardproof.compare.verdict import Comparison, Sample, Verdict
 from shardproof.diagnose.finding import Finding, Hypothesis
 from shardproof.report.data import Report, Run, Shown
 
-LONG_NAME = "model.language_model.encoder.layers.11.self_attention.query_key_value_projection.lora_A.default.weight"
-NAMES = ("tok_embeddings.weight", "layers.0.attention_norm.weight", "layers.0.feed_forward.w1.weight", LONG_NAME)
 MESHES = {
     "ddp": {"dp_replicate": 8, "dp_shard": 1, "tp": 1},
     "fsdp": {"dp_replicate": 1, "dp_shard": 8, "tp": 1},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from browser import Page
-from conftest import LONG_NAME, NAMES
+from shown_names import LONG_NAME, NAMES
 
 from shardproof.report.data import Report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ from shardproof.errors import CheckpointError, StrategyError, UsageError
 from shardproof.ranks import Place, Ranks, start
 from shardproof.spec.strategies import parse
 from shardproof.trainer.loop import Loop
+from shardproof.trainer.saving import state_of
 
 EXPERIMENT = sp.Experiment(
     model=lambda: nn.Linear(64, 64),
@@ -246,6 +248,36 @@ def test_a_checkpoint_that_no_run_wrote_says_how_to_take_its_weights(ranks: Rank
     ranks.call("strangers", tmp_path / "theirs")
     text = refused(ranks, "said", {"load_path": tmp_path / "theirs"})
     assert "theirs holds no training run: another program wrote it; load its weights alone (shardproof export" in text
+
+
+STATES: dict[str, tuple[str, Any]] = {
+    "a field that progress lacks": ("progress", {"dict": {"colour": 1}}),
+    "progress that is no number": ("progress", {"dict": {"step": "3", "epoch": 0, "samples": 0, "elapsed_s": 0.0}}),
+    "progress that is none": ("progress", [1, 2]),
+    "a run that says nothing": ("run", {"dict": {}}),
+    "callbacks that are no pairs": ("callbacks", [1]),
+    "an evaluation of other names": ("evaluation", {"dict": {"colour": 1}}),
+}
+"""What a checkpoint that was made by hand may hold in place of a run's state."""
+
+
+@pytest.mark.parametrize("which", STATES)
+def test_a_state_that_no_run_writes_is_refused(ranks: Ranks, good: Path, which: str) -> None:
+    name, value = STATES[which]
+    index = json.loads((good / "index.json").read_text())
+    index["extra"]["dict"][name] = value
+    (good / "index.json").write_text(json.dumps(index))
+    (said,) = set(ranks.call("said", {"load_path": good}).values())
+    assert f"{good} is damaged or was made by hand" in said
+
+
+def test_a_schedulers_state_cannot_take_the_place_of_its_code() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    assert state_of(scheduler, scheduler.state_dict() | {"new": 1})["new"] == 1
+    for name in ("step", "optimizer", "__class__"):
+        with pytest.raises(ValueError, match=f"holds {name}, which is no state"):
+            state_of(scheduler, scheduler.state_dict() | {name: 1})
 
 
 def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(ranks: Ranks, good: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from shardproof.align.halves import in_halves
 from shardproof.align.side import Side
@@ -18,6 +17,7 @@ from shardproof.compare.norms import Norms
 from shardproof.compare.verdict import Comparison
 from shardproof.compare.wholes import Shown, read
 from shardproof.spec.stages import STAGES
+from shardproof.trace.folder.sketches import read_sketches
 from shardproof.trace.record import Record
 from shardproof.trace.sketch import norm, sketch
 from shardproof.trace.stats import stats_of
@@ -49,62 +49,69 @@ def kept(side: Side, key: Key, *, statistics: bool = True) -> sketched.Side:
 
     `statistics`: those beside sound sketches as well, for a side that has nothing else.
     """
-    shown = [
-        one
+    found = [
+        (place, trace, number, microbatch, trace.trace.kept(number))
         for place, trace in enumerate(side.traces)
-        for one in _of_rank(side, place, trace, key, statistics=statistics)
+        if isinstance(trace, Aligned)
+        for number, microbatch in _numbers(side, trace, key)
     ]
-    if not statistics and not _sound(shown):
-        # Beside a sketch statistics only say where NaN and infinities are.
-        return kept(side, key)
+    batches = read_sketches([(trace.trace, held) for _, trace, _, _, held in found if held.sketch_dtype is not None])
+    others = [
+        _without_sketch(side, place, trace, number, microbatch)
+        for place, trace, number, microbatch, held in found
+        if held.sketch_dtype is None
+    ]
+    # Beside a sketch statistics only say where NaN and infinities are; one sum tells whether there are any.
+    made = [one.sketch for one in others if one.sketch is not None]
+    statistics = statistics or not all(math.isfinite(float(some.sum())) for some in (*batches.values(), *made))
+    rows = {dtype: iter(batch.unbind(0)) for dtype, batch in batches.items()}
+    without = iter(others)
+    shown = [
+        Shown(
+            rank=place,
+            record=trace.records[number],
+            shape=held.shape,
+            dtype=held.dtype,  # type: ignore[arg-type]  # there was a tensor
+            sketch=next(rows[held.sketch_dtype]),
+            stats=trace.trace.stats(number) if statistics else None,
+            by_sample=held.keyed == "samples",
+        )
+        if held.sketch_dtype is not None
+        else next(without)
+        for place, trace, number, _, held in found
+    ]
     return sketched.Side(shown=shown, parallelism=side.layout.parallelism, microbatches=side.microbatches(key[0]))
 
 
-def _sound(shown: Sequence[Shown]) -> bool:
-    """Whether all sketches are finite: of hundreds of ranks one sum tells."""
-    rows: dict[torch.dtype, list[Tensor]] = {}
-    for one in shown:
-        if one.sketch is not None:
-            rows.setdefault(one.sketch.dtype, []).append(one.sketch)
-    return all(math.isfinite(float(torch.stack(of_kind).sum())) for of_kind in rows.values())
-
-
-def _of_rank(side: Side, place: int, trace: object, key: Key, *, statistics: bool) -> Iterator[Shown]:
-    if not isinstance(trace, Aligned):
-        return
+def _numbers(side: Side, trace: Aligned, key: Key) -> Sequence[tuple[int, int]]:
+    """(number, micro-batch) of a rank's records of a key, in the order of their calls."""
     numbers = trace.by_key.get(key, ())
+    if len(numbers) == 1:
+        return ((numbers[0], 0),)
     calls = max(len(numbers) // side.microbatches(key[0]), 1)
-    if len(numbers) > 1:
-        numbers = sorted(numbers, key=lambda n: trace.records[n].call)
-    for turn, number in enumerate(numbers):
-        record, held = trace.records[number], trace.trace
-        shape, dtype = held.shape(number), held.dtype(number)
-        depth = None if record.missing else held.depth(number)
-        if depth is None or dtype is None:
-            yield Shown(rank=place, record=record, shape=shape, dtype=dtype or torch.float32)
-            continue
-        if depth == "full":
-            tensor, samples = held.tensor(number), _samples(side, place, record, turn // calls, shape)
-            yield Shown(
-                rank=place,
-                record=record,
-                shape=shape,
-                dtype=dtype,
-                sketch=sketch(tensor, record.piece, samples),
-                stats=stats_of(tensor),
-                by_sample=samples is not None,
-            )
-            continue
-        rows = held.sketch(number) if depth == "sketch" else None
-        yield Shown(
-            rank=place,
-            record=record,
-            shape=shape,
-            dtype=dtype,
-            sketch=rows,
-            stats=held.stats(number) if statistics or rows is None else None,
-            by_sample=depth == "sketch" and held.keyed(number) == "samples",
-        )
+    in_order = sorted(numbers, key=lambda n: trace.records[n].call)
+    return [(number, turn // calls) for turn, number in enumerate(in_order)]
+
+
+def _without_sketch(side: Side, place: int, trace: Aligned, number: int, microbatch: int) -> Shown:
+    """What a rank shows of a record of which it kept values, statistics alone, or nothing as there was no tensor."""
+    record, held = trace.records[number], trace.trace
+    shape, dtype = held.shape(number), held.dtype(number)
+    depth = None if record.missing else held.depth(number)
+    if depth is None or dtype is None:
+        return Shown(rank=place, record=record, shape=shape, dtype=dtype or torch.float32)
+    if depth == "stats":
+        return Shown(rank=place, record=record, shape=shape, dtype=dtype, stats=held.stats(number))
+    tensor, samples = held.tensor(number), _samples(side, place, record, microbatch, shape)
+    return Shown(
+        rank=place,
+        record=record,
+        shape=shape,
+        dtype=dtype,
+        sketch=sketch(tensor, record.piece, samples),
+        stats=stats_of(tensor),
+        by_sample=samples is not None,
+    )
 
 
 def _samples(side: Side, place: int, record: Record, microbatch: int, shape: tuple[int, ...]) -> tuple[str, ...] | None:
@@ -122,7 +129,9 @@ def compare_kept(want: Side, got: Side, keys: Collection[Key], eps: float) -> li
     Sketches, statistics, and values of one side alone: errors and floors are 2-norms of whole tensors.
     """
     floors, found = Norms(eps=eps), []
-    order = {key: place for place, key in enumerate(dict.fromkeys(k for t in want.traces for k in t.by_key))}
+    # Ranks that show the same share what they know of it.
+    distinct = {id(own): own for own in [trace.by_key for trace in want.traces]}
+    order = {key: place for place, key in enumerate(dict.fromkeys(k for own in distinct.values() for k in own))}
 
     def place(key: Key) -> tuple[int, int, int]:
         return key[0], STAGES.index(key[1]), order.get(key, len(order))

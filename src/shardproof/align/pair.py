@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 from shardproof.align import samples, shapes, understood
 from shardproof.align.apart import Sets, sets_of_ranks, split_over
@@ -17,6 +17,7 @@ from shardproof.compare.reads import Misread, understand
 from shardproof.errors import TraceError
 from shardproof.spec.parallelism import Parallelism
 from shardproof.trace.folder.reader import Recording
+from shardproof.trace.trace import Alike
 
 FEWEST = 1024
 """One rank in so many has to be there: what a header says of its world costs as much to lay out as if it were so."""
@@ -169,8 +170,12 @@ def _side(
     rename: Callable[[str], str],
     wholes: Mapping[str, tuple[int, ...]],
 ) -> Side:
+    # Hundreds of ranks show the same names.
+    rename, alike = cache(rename), Alike()
     traces = [
-        Aligned(trace, rename=rename, wholes=wholes) if (trace := recording.ranks.get(rank)) is not None else Nothing()
+        Aligned(trace, rename=rename, wholes=wholes, alike=alike)
+        if (trace := recording.ranks.get(rank)) is not None
+        else Nothing()
         for rank in layout.order
     ]
     return Side(label=label, traces=traces, layout=layout, reads=samples.reads_of(traces))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -129,14 +129,15 @@ def may_agree(got: Sequence[str], want: Sequence[str], *, all_got: bool, all_wan
 
 def places(wanted: Sequence[str], held: Sequence[str]) -> list[int] | None:
     """For each of the `wanted` samples its place among the `held` ones, each place once; None where one is missing."""
-    at: dict[str, list[int]] = defaultdict(list)
+    # From the left one by one: a stranger's recording may show one sample a million times.
+    at: dict[str, deque[int]] = defaultdict(deque)
     for place, sample in enumerate(held):
         at[sample].append(place)
     found = []
     for sample in wanted:
         if not at[sample]:
             return None
-        found.append(at[sample].pop(0))
+        found.append(at[sample].popleft())
     return found
 
 

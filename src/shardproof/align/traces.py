@@ -14,7 +14,7 @@ from shardproof.parallel.piece import Piece
 from shardproof.spec.stages import STAGES
 from shardproof.trace.folder.reader import RankTrace
 from shardproof.trace.record import Record
-from shardproof.trace.trace import Trace, numbers_by_key
+from shardproof.trace.trace import Alike, Trace
 
 Key = tuple[int, str, str, str]
 
@@ -26,10 +26,16 @@ class Aligned:
     """A rank's trace under other names, with the whole shape put on plain pieces of parameters."""
 
     def __init__(
-        self, trace: RankTrace, *, rename: Callable[[str], str], wholes: Mapping[str, tuple[int, ...]]
+        self,
+        trace: RankTrace,
+        *,
+        rename: Callable[[str], str],
+        wholes: Mapping[str, tuple[int, ...]],
+        alike: Alike | None = None,
     ) -> None:
-        """`wholes` are the shapes of parameters on one device, by new name."""
+        """`wholes` are the shapes of parameters on one device, by new name; `alike` knows the ranks before."""
         self.trace = trace
+        self._alike = alike or Alike()
         self.records: Sequence[Record] = [
             _placed(record, rename(record.name), wholes) if number not in trace.undone else _undone(record)
             for number, record in enumerate(trace.records)
@@ -38,7 +44,7 @@ class Aligned:
     @cached_property
     def by_key(self) -> Mapping[Key, Sequence[int]]:
         """Key -> numbers of its records, in the order in which they were made."""
-        return numbers_by_key(self.records)
+        return self._alike.numbers_by_key(self.records)
 
     def tensor(self, number: int) -> Tensor:
         """The tensor of record `number`, in a dtype that torch computes with."""

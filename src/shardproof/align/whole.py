@@ -57,7 +57,7 @@ class Whole:
             raise LookupError(f"record {number}, {record.key}, has no tensor")
         try:
             return made()
-        except RuntimeError as error:
+        except (RuntimeError, LookupError, ValueError) as error:
             raise TraceError(
                 f"{self._label}: step {record.step}, {record.stage} of {record.name}: what its ranks recorded makes up "
                 f"no whole ({error}); record it again, or say with --layout-a how it was laid out"
@@ -171,8 +171,9 @@ def _of_state(
         return record, partial(_joined_in_order, [held[p] for p in peers], shape[dim], dim)
     covered = {at for p in present if (at := records[p].piece) is not None}
     record = replace(first, piece=pieces.whole(shape), missing=False)
-    if sum(prod(at.local_shape) for at in {replace(at, pending=()) for at in covered}) < prod(shape):
-        # Ranks that are not there hold the rest.
+    small = sum(prod(at.local_shape) for at in {replace(at, pending=()) for at in covered}) < prod(shape)
+    if small or any(at.whole != shape for at in covered):
+        # Ranks that are not there hold the rest; or they do not even agree on what the whole is.
         return replace(record, unknown=True), None
     return record, partial(_assembled, side, {p: held[p][1] for p in present}, shape)
 
@@ -243,8 +244,9 @@ def _of_parts(
             for rank, m, count in side.parts(step)
             if count
         ]
-        if not _joinable(side, cells):
-            # Padded to a length of its own, or a token's share of an expert: no one tensor holds all parts.
+        if not _joinable(side, cells) or not all(_covered(side, cell) for cell in cells):
+            # Padded to a length of its own, or a token's share of an expert: no one tensor holds all parts. Or what
+            # the peers say of their places leaves a part of the whole to nobody.
             found.append((replace(first, call=call, unknown=True, piece=None), None))
             continue
         at = first.piece if len(side.traces) == 1 else None
@@ -266,6 +268,16 @@ def _joinable(side: Side, cells: Sequence[Cell]) -> bool:
         and all(a == b or a * cells[0].count == b * cell.count for a, b in zip(shape, shapes[0], strict=True))
         for shape, cell in zip(shapes, cells, strict=True)
     )
+
+
+def _covered(side: Side, cell: Cell) -> bool:
+    """Whether the peers hold as much as there is: a recording may say of a few bytes that they lie in a huge whole."""
+    placed = {piece for place, number in cell.peers if (piece := side.traces[place].records[number].piece) is not None}
+    if not any(piece.declared or piece.pending for piece in placed):
+        return True
+    held = sum(prod(piece.local_shape) for piece in {replace(piece, pending=()) for piece in placed})
+    wholes = {piece.whole for piece in placed}
+    return len(wholes) == 1 and held >= prod(wholes.pop())
 
 
 def _shape(side: Side, place: int, number: int) -> tuple[int, ...]:

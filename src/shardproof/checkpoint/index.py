@@ -14,13 +14,31 @@ import torch
 
 from shardproof.checkpoint.stream import BY_NAME, NAMES, to_disk
 from shardproof.errors import CheckpointError
+from shardproof.trace.folder.line import Invalid, loads, shown
+from shardproof.trace.folder.within import size_within
 
 FILE_NAME = "index.json"
 FORMAT = "shardproof-checkpoint"
 VERSION = 1
 """Raised whenever an older shardproof could no longer read what is written."""
 
-DATA_FILE = re.compile(r"rank-\d{5,9}\.safetensors")
+LARGEST_INDEX = 2**30
+"""Bytes. A model of 70 billion parameters on a thousand ranks takes a fifth of it."""
+
+DEEPEST = 200
+"""Levels of lists and objects."""
+
+MOST_DIMS = 64
+"""Dims of a tensor, as in torch."""
+
+LARGEST = 2**53
+"""Elements of a tensor; sizes up to here are the same in every JSON reader."""
+
+MOST_PAIRS = 10**6
+"""Pairs of chunks of a tensor that are held against each other, and a hundred more for each chunk: FSDP over any number
+of ranks with tensor parallelism over a hundred needs no more."""
+
+DATA_FILE = re.compile(r"rank-\d{5,9}\.safetensors", re.ASCII)
 """The only names that an index may give to its files, so that none leads out of the folder."""
 
 Ints = tuple[int, ...]
@@ -95,7 +113,10 @@ class Index:
         with (folder / FILE_NAME).open("x") as file:
             json.dump(content, file, separators=(",", ":"), allow_nan=False)
             file.flush()
+            size = file.tell()
             to_disk(file.fileno())
+        if size > LARGEST_INDEX:
+            raise CheckpointError(f"{folder}: an index of {size} bytes would not be read; {LARGEST_INDEX} at most")
 
 
 def read(folder: Path) -> Index:
@@ -110,8 +131,8 @@ def read(folder: Path) -> Index:
         what = "has no index.json: it is no checkpoint, or one that was never finished"
         raise CheckpointError(f"{folder} {what}; give the folder of a whole one, as runs/step-00000500")
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = _content(path)
+    except (OSError, Invalid) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); load an earlier checkpoint") from error
     index = _parsed(content, path)
     for name, size in index.files.items():
@@ -119,13 +140,29 @@ def read(folder: Path) -> Index:
     return index
 
 
+def _content(path: Path) -> dict[str, Any]:
+    """What the file holds, with nothing in it that two readers of JSON could take differently."""
+    size = size_within(path.parent, path)
+    if size > LARGEST_INDEX:
+        raise Invalid(f"it has {size} bytes; {LARGEST_INDEX} at most")
+    with path.open("rb") as file:
+        content = loads(file.read(size))
+    level: list[Any] = [content]
+    for _ in range(DEEPEST):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return content
+    raise Invalid(f"it is nested more than {DEEPEST} deep")
+
+
 def check_file(path: Path, size: int) -> None:
-    """Raise `CheckpointError` unless a file of the checkpoint has the size that its index says."""
+    """Raise `CheckpointError` unless a file really lies in the checkpoint and has the size that its index says."""
     try:
-        found = path.stat().st_size
-    except OSError as error:
+        found = size_within(path.parent, path)
+    except Invalid as error:
         raise CheckpointError(
-            f"{path} is part of the checkpoint and cannot be opened ({error.strerror}); "
+            f"{path} is part of the checkpoint and cannot be opened ({error}); "
             "copy the whole folder to where all ranks see it, or load an earlier checkpoint"
         ) from error
     if found != size:
@@ -155,7 +192,8 @@ def _parsed(content: Any, path: Path) -> Index:
         _fits(index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is damaged or was made by hand: {type(error).__name__}: {error}; load an earlier checkpoint"
+            f"{path} is damaged or was made by hand: {type(error).__name__}: {str(error)[:300]}; "
+            "load an earlier checkpoint"
         ) from error
     return index
 
@@ -165,8 +203,8 @@ def _saved(data: Any) -> Saved:
         Chunk(_ints(chunk["offset"]), _ints(chunk["shape"]), _file(chunk["file"]), str(chunk["key"]))
         for chunk in data["chunks"]
     )
-    if data["dtype"] not in BY_NAME:
-        raise ValueError(f"there is no dtype {data['dtype']!r}")
+    if not isinstance(data["dtype"], str) or data["dtype"] not in BY_NAME:
+        raise ValueError(f"there is no dtype {shown(data['dtype'])}")
     return Saved(_ints(data["shape"]), BY_NAME[data["dtype"]], chunks)
 
 
@@ -181,18 +219,24 @@ def _whole(value: Any) -> bool:
 
 
 def _size(value: Any) -> int:
-    if not _whole(value):
-        raise ValueError(f"{value!r} is no size")
+    if not _whole(value) or value > LARGEST:
+        raise ValueError(f"{shown(value)} is no size")
     return int(value)
 
 
 def _ints(values: Any) -> Ints:
-    return tuple(map(_size, values))
+    if not isinstance(values, list) or len(values) > MOST_DIMS:
+        raise ValueError(f"{shown(values)} is no list of sizes")
+    sizes = tuple(map(_size, values))
+    # An empty dim hides how large the others are, and torch multiplies the rest.
+    if math.prod(size for size in sizes if size) > LARGEST:
+        raise ValueError(f"{shown(values)}: no tensor is that large")
+    return sizes
 
 
 def _file(name: Any) -> str:
     if not isinstance(name, str) or not DATA_FILE.fullmatch(name):
-        raise ValueError(f"{name!r} is no file of a checkpoint; they are named as {data_file(0)}")
+        raise ValueError(f"{shown(name)} is no file of a checkpoint; they are named as {data_file(0)}")
     return name
 
 
@@ -216,13 +260,19 @@ def _fits(index: Index) -> None:
 
 def _overlap(saved: Saved) -> bool:
     """Whether two chunks share an element: sorted along the dim that tells most of them apart, neighbours are few."""
-    if len(saved.chunks) < 2:
+    # Chunks without elements overlap nothing, and any number of them may lie in one place.
+    chunks = [chunk for chunk in saved.chunks if math.prod(chunk.shape)]
+    if len(chunks) < 2:
         return False
     if not saved.shape:
         return True
-    dim = max(range(len(saved.shape)), key=lambda d: len({chunk.offset[d] for chunk in saved.chunks}))
+    dim = max(range(len(saved.shape)), key=lambda d: len({chunk.offset[d] for chunk in chunks}))
     active: list[Chunk] = []
-    for chunk in sorted(saved.chunks, key=lambda c: c.offset[dim]):
+    pairs = 0
+    for chunk in sorted(chunks, key=lambda c: c.offset[dim]):
+        pairs += len(active)
+        if pairs > MOST_PAIRS + 100 * len(chunks):
+            raise ValueError(f"{len(chunks)} chunks are more than a tensor of {len(saved.shape)} dims is cut into")
         active = [other for other in active if other.offset[dim] + other.shape[dim] > chunk.offset[dim]]
         for other in active:
             if all(

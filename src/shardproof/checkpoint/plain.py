@@ -48,19 +48,30 @@ def encode(value: Any, where: str) -> Any:
 
 def decode(value: Any) -> Any:
     """What `encode` was given. Raises `CheckpointError` for what it never writes."""
+    try:
+        return _decoded(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"the index holds a value that shardproof never writes ({error}); it is damaged"
+        ) from error
+
+
+def _decoded(value: Any) -> Any:
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [_decoded(item) for item in value]
     if not isinstance(value, dict):
         return value
     match value:
         case {"float": str(text)}:
             return float(text)
         case {"tuple": list(items)}:
-            return tuple(decode(item) for item in items)
+            return tuple(_decoded(item) for item in items)
         case {"dict": dict(items)}:
-            return {key: decode(item) for key, item in items.items()}
+            return {key: _decoded(item) for key, item in items.items()}
         case {"items": list(pairs)}:
-            return {decode(key): decode(item) for key, item in pairs}
+            return {_decoded(key): _decoded(item) for key, item in pairs}
         case {"tensor": numbers, "dtype": str(name)} if name in BY_NAME:
-            return torch.tensor(decode(numbers), dtype=BY_NAME[name])
-    raise CheckpointError(f"the index holds {str(value)[:80]}, which is no value that shardproof writes; it is damaged")
+            return torch.tensor(_decoded(numbers), dtype=BY_NAME[name])
+    raise CheckpointError(
+        f"the index holds {ascii(value)[:80]}, which is no value that shardproof writes; it is damaged"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from torch import Tensor
 
@@ -24,17 +25,29 @@ def inner_pieces(held: Sequence[Held], whole: tuple[int, ...], observed: Observe
         for piece in pieces
     ):
         return None
-    parts: dict[tuple[int, int], Tensor] = {}
+    shards: dict[tuple[int, int], list[tuple[Piece, Tensor]]] = {}
     for rank, record, tensor in held:
-        if tensor is None or record.piece is None:
-            continue
-        at = observed.parallelism.coordinates(rank)
-        part = parts.setdefault((at["dp_replicate"], at["tp"]), tensor.new_zeros(record.piece.whole))
-        put(part, record.piece, tensor)
+        if tensor is not None and record.piece is not None:
+            at = observed.parallelism.coordinates(rank)
+            shards.setdefault((at["dp_replicate"], at["tp"]), []).append((record.piece, tensor))
+    if not all(map(_make_up, shards.values())):
+        return None
+    parts: dict[tuple[int, int], Tensor] = {}
+    for peer, own in shards.items():
+        piece, tensor = own[0]
+        parts[peer] = tensor.new_zeros(piece.whole)
+        for piece, tensor in own:
+            put(parts[peer], piece, tensor)
     if len(parts) != observed.parallelism.dp_replicate * observed.parallelism.tp:
         return None
     peers = range(observed.parallelism.tp)
     return {replica: [parts[replica, tp] for tp in peers] for replica in range(observed.parallelism.dp_replicate)}
+
+
+def _make_up(shards: Sequence[tuple[Piece, Tensor]]) -> bool:
+    """Whether shards are of one whole, and enough for it: a recording may say that a few bytes lie in a huge one."""
+    wholes = {piece.whole for piece, _ in shards}
+    return len(wholes) == 1 and sum(tensor.numel() for _, tensor in shards) >= prod(wholes.pop())
 
 
 def put(whole: Tensor, piece: Piece, tensor: Tensor) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shardproof.errors import TraceError
 from shardproof.parallel.piece import Piece
 
 REDUCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -44,7 +45,13 @@ def settled(tensors: Mapping[int, Tensor], pieces: Mapping[int, Piece | None]) -
 
 
 def _reduced(operation: str, parts: Sequence[Tensor]) -> Tensor:
-    """In float64, with room for the result alone."""
+    """In float64, with room for the result alone. Raises `TraceError` for an operation that nobody here knows."""
+    if operation not in REDUCTIONS:
+        raise TraceError(
+            f"a reduction {ascii(operation)[:40]} is pending; those that can be done are {', '.join(REDUCTIONS)}"
+        )
+    if not parts:
+        raise TraceError("a reduction is pending over ranks of which none is there")
     result = parts[0].to(torch.float64, copy=True)
     for part in parts[1:]:
         REDUCTIONS[operation](result, part, out=result)

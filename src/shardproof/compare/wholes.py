@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,13 +61,18 @@ class Shown:
     """Whether the signs of the sketch follow samples (`sketch(..., samples=...)`)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """What all ranks of one run show of a key, and how that run is laid out."""
 
     shown: Sequence[Shown]
     parallelism: Parallelism = field(default_factory=Parallelism)
     microbatches: int = 1
+
+    @cached_property
+    def read(self) -> Read:
+        """As one whole."""
+        return _read(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +114,10 @@ class Read:
 
 def read(side: Side) -> Read:
     """What a side shows as one whole."""
+    return side.read
+
+
+def _read(side: Side) -> Read:
     if side.shown[0].record.stage in OF_BATCH:
         return _activations(side)
     # What stands for a parameter is shown once a rank, and lies in one whole over all of them.
@@ -138,15 +148,27 @@ def _pieces(shown: Sequence[Shown]) -> Read:
     # A rank that has nothing where it could have something has zeros.
     held = [_zeros(one, pieces[one.rank]) if one.record.missing else one for one in shown]
     held = [one for one in held if math.prod(one.shape)] or held[:1]
-    sketches: dict[int, Tensor] = {one.rank: one.sketch.to(torch.float64) for one in held if one.sketch is not None}
-    stats = {one.rank: one.stats for one in held if one.stats is not None}
-    whole = len(sketches) == len(held)
-    sketches = settled(sketches, {rank: pieces[rank] for rank in sketches}) if whole else {}
+    rows = _stacked(held)
+    if owed and rows is not None:
+        sketches = dict(zip((one.rank for one in held), rows.unbind(0), strict=True))
+        done = settled(sketches, {rank: pieces[rank] for rank in sketches})
+        rows = torch.stack([done[one.rank] for one in held])
+    stats = [one.stats for one in held if one.stats is not None]
     if owed or len(stats) < len(held):
-        stats = {}
-    if not sketches and not stats:
+        stats = []
+    if rows is None and not stats:
         return Read(reason="partial sums of which only statistics were kept" if owed else NOTHING_KEPT)
-    return Read(wholes=tuple(_ways(held, sketches, stats)))
+    return Read(wholes=tuple(_ways(held, rows, stats)))
+
+
+def _stacked(shown: Sequence[Shown]) -> Tensor | None:
+    """All sketches in float64, shape (sketches, 16, 16); None where one is missing."""
+    sketches = [one.sketch for one in shown if one.sketch is not None]
+    if len(sketches) < len(shown):
+        return None
+    if len({sketch.dtype for sketch in sketches}) > 1:
+        sketches = [sketch.to(torch.float64) for sketch in sketches]
+    return torch.stack(sketches).to(torch.float64)
 
 
 def _zeros(shown: Shown, piece: Piece) -> Shown:
@@ -155,51 +177,69 @@ def _zeros(shown: Shown, piece: Piece) -> Shown:
     return replace(shown, shape=piece.local_shape, sketch=zeros, stats=Stats(count=count, zeros=count))
 
 
-def _ways(held: Sequence[Shown], sketches: Mapping[int, Tensor], stats: Mapping[int, Stats]) -> list[Whole]:
-    """The wholes that the first holders of every piece make, the second ones, and so on, as far as they differ."""
+def _ways(held: Sequence[Shown], rows: Tensor | None, stats: Sequence[Stats]) -> list[Whole]:
+    """The wholes that the first holders of every piece make, the second ones, and so on, as far as they differ.
+
+    `rows` and `stats` are those of `held`, in its order.
+    """
     places = {one.rank: place(one.record.piece) for one in held if one.record.piece is not None}
     holders: dict[Piece, list[int]] = {}
-    for rank, piece in places.items():
-        holders.setdefault(piece, []).append(rank)
+    for number, piece in enumerate(places.values()):
+        holders.setdefault(piece, []).append(number)
     whole = next(iter(holders)).whole
-    eps = _eps(held)
-    ways: list[Whole] = []
-    for number in range(max(map(len, holders.values()))):
-        chosen = {piece: ranks[min(number, len(ranks) - 1)] for piece, ranks in holders.items()}
-        parts = {piece: sketches[rank] for piece, rank in chosen.items()} if sketches else {}
-        stacked = torch.stack(list(parts.values())) if parts else None
+    eps, wide = _eps(held), _wide(held)
+    ways: list[tuple[Whole, Tensor | None]] = []
+    for turn in range(max(map(len, holders.values()))):
+        chosen = [numbers[min(turn, len(numbers) - 1)] for numbers in holders.values()]
+        ranks = tuple(held[number].rank for number in chosen)
+        stacked = None if rows is None else rows[chosen] if len(chosen) < len(held) else rows
+        total = combined(stats[number] for number in chosen) if stats else None
+        # Two pieces may be wrong by opposite amounts: each must be the same.
+        alike = next(
+            (
+                at
+                for at, (way, parts) in enumerate(ways)
+                if (close(way.stats, total) if parts is None or stacked is None else _all_same(parts, stacked, eps))
+            ),
+            None,
+        )
+        if alike is not None:
+            way, parts = ways[alike]
+            ways[alike] = replace(way, ranks=(*way.ranks, *ranks)), parts
+            continue
         made = Whole(
             layout="pieces added up" if len(holders) > 1 else REPLICATED,
             elements=math.prod(whole),
-            ranks=tuple(chosen.values()),
+            ranks=ranks,
             sketch=None if stacked is None else stacked.sum(0),
-            stats=combined(stats[rank] for rank in chosen.values()) if stats else None,
+            stats=total,
             eps=eps,
-            wide=_wide(held),
+            wide=wide,
             shape=whole,
             places=places,
-            parts=parts,
-            largest=0.0 if stacked is None else _largest(stacked),
+            parts={} if stacked is None else dict(zip(holders, stacked.unbind(0), strict=True)),
+            largest=0.0 if stacked is None else float(_finite_norms(stacked).max()),
         )
-        # Two pieces may be wrong by opposite amounts: each must be the same.
-        at = next((at for at, way in enumerate(ways) if _alike(way, made)), None)
-        if at is None:
-            ways.append(made)
-        else:
-            ways[at] = replace(ways[at], ranks=(*ways[at].ranks, *made.ranks))
-    return ways
+        ways.append((made, stacked))
+    return [way for way, _ in ways]
 
 
-def _largest(stacked: Tensor) -> float:
-    """The largest norm of some sketches, shape (sketches, 16, 16), of those that are finite."""
-    norms = stacked.square().mean((1, 2)).sqrt()
-    return float(torch.where(norms.isfinite(), norms, 0.0).max())
+def _finite_norms(stacked: Tensor) -> Tensor:
+    """The norms of some sketches, shape (sketches, 16, 16); 0 where one is not finite."""
+    norms = _norms(stacked)
+    return torch.where(norms.isfinite(), norms, 0.0)
 
 
-def _alike(first: Whole, second: Whole) -> bool:
-    if first.parts:
-        return all(_same(first.parts[piece], sketch, first.eps) for piece, sketch in second.parts.items())
-    return close(first.stats, second.stats)
+def _norms(stacked: Tensor) -> Tensor:
+    return stacked.square().mean((-2, -1)).sqrt()
+
+
+def _all_same(first: Tensor, second: Tensor, eps: float) -> bool:
+    """Whether the sketches of two stacks are `_same`, each as its partner."""
+    if torch.equal(first, second):
+        return True
+    exact = (first.nan_to_num() == second.nan_to_num()).all(-1).all(-1)
+    return bool((exact | (_norms(first - second) <= 2 * ROUNDING * eps * _norms(first))).all())
 
 
 def _by_hand(side: Side) -> Read:
@@ -271,24 +311,34 @@ def _over_peers(cells: list[list[Shown]]) -> Read:
     """Plain tensors: each peer's as the part of the batch, the sum of all peers' as it, and all of them as slices."""
     by_sample = all(one.by_sample for cell in cells for one in cell)
     shapes = all(one.shape == cell[0].shape for cell in cells for one in cell)
+    counted = all(one.stats is not None for cell in cells for one in cell)
     ways: list[tuple[str, list[Whole]]] = []
-    apart = not all(_agree(cell) for cell in cells)
+    apart = not _all_agree(cells)
+    alone = [[_of_one(one) for one in cell] for cell in cells] if apart or counted else []
     if not apart:
-        ways = [(REPLICATED, [replace(_of_one(cell[0]), ranks=ranks_of(cell)) for cell in cells])]
+        ways = [(REPLICATED, [_of_one(cell[0], ranks_of(cell)) for cell in cells])]
     elif shapes:
-        ways = [(REPLICATED, [_of_one(cell[peer]) for cell in cells]) for peer in range(len(cells[0]))]
-        sums = [replace(_sum([_of_one(one) for one in cell]), stats=None) for cell in cells]
+        ways = [(REPLICATED, [cell[peer] for cell in alone]) for peer in range(len(cells[0]))]
+        sums = [replace(_sum(cell), stats=None, elements=cell[0].elements) for cell in alone]
         if all(part.sketch is not None for part in sums):
-            ways.append(
-                (
-                    PARTIAL,
-                    [replace(part, elements=math.prod(cell[0].shape)) for part, cell in zip(sums, cells, strict=True)],
-                )
-            )
-    if len(cells[0]) > 1:
+            ways.append((PARTIAL, sums))
+    if len(cells[0]) > 1 and counted:
         # The sketches of slices were made as if they were wholes. Statistics need no place.
-        ways.append((SLICES, [replace(_sum([_of_one(one) for one in cell]), sketch=None) for cell in cells]))
+        ways.append((SLICES, [replace(_sum(cell), sketch=None) for cell in alone]))
     return replace(_batches(ways, by_sample=by_sample), apart=apart and shapes)
+
+
+def _all_agree(cells: list[list[Shown]]) -> bool:
+    """Whether the peers of every cell show the same, as far as anybody can tell."""
+    if len(cells[0]) == 1:
+        return True
+    # Of hundreds of ranks: most often they do, bit by bit.
+    rows = _stacked([one for cell in cells for one in cell])
+    if rows is not None and all(one.shape == cell[0].shape for cell in cells for one in cell):
+        rows = rows.view(len(cells), -1, SIDE, SIDE)
+        if torch.equal(rows, rows[:, :1].expand_as(rows)):
+            return True
+    return all(_agree(cell) for cell in cells)
 
 
 def _batches(ways: list[tuple[str, list[Whole]]], *, by_sample: bool) -> Read:
@@ -314,11 +364,12 @@ def _as_first(first: Whole, part: Whole) -> bool:
     return first.sketch is not None and part.sketch is not None and _same(first.sketch, part.sketch, first.eps)
 
 
-def _of_one(shown: Shown) -> Whole:
+def _of_one(shown: Shown, ranks: tuple[int, ...] = ()) -> Whole:
+    """As if it were all that there is; `ranks` show the same."""
     return Whole(
         layout="",
         elements=math.prod(shown.shape),
-        ranks=(shown.rank,),
+        ranks=ranks or (shown.rank,),
         sketch=None if shown.sketch is None else shown.sketch.to(torch.float64),
         stats=shown.stats,
         eps=_eps([shown]),

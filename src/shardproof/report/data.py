@@ -12,6 +12,7 @@ from shardproof.compare.picture import Picture
 from shardproof.compare.verdict import Comparison, Verdict
 from shardproof.diagnose.finding import Finding
 from shardproof.report.spelling import apart
+from shardproof.report.stopped import Stopped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,17 +184,20 @@ class Report:
     estimated: bool = False
     """Whether noise floors were estimated from a model of rounding, as there were no disturbed runs to measure them."""
 
+    stopped: Stopped | None = None
+    """The error that the check ended with, in a report that is written all the same; None for one that went through."""
+
     time_s: float = 0.0
 
     @property
     def ok(self) -> bool:
         """Whether every strategy computes the same training as the reference."""
-        return bool(self.runs) and all(run.ok for run in self.runs)
+        return self.stopped is None and bool(self.runs) and all(run.ok for run in self.runs)
 
     @property
     def proven(self) -> bool:
         """Whether every strategy is `ok`, and each by gradients or updated weights that were compared."""
-        return bool(self.runs) and all(run.proven for run in self.runs)
+        return self.stopped is None and bool(self.runs) and all(run.proven for run in self.runs)
 
     @property
     def trusted(self) -> str:
@@ -213,6 +217,12 @@ class Report:
     def to_json(self, path: str | Path) -> None:
         """Write the report to `path`, in the public names plus `schema_version`."""
         from shardproof.report.json import write  # noqa: PLC0415 (views are loaded when asked for)
+
+        write(self, Path(path))
+
+    def to_junit(self, path: str | Path) -> None:
+        """Write the report to `path` as JUnit XML: a suite for each strategy, a case for each stage."""
+        from shardproof.report.junit import write  # noqa: PLC0415 (views are loaded when asked for)
 
         write(self, Path(path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from shardproof.errors import UsageError
@@ -24,17 +25,26 @@ def write(path: Path, text: str) -> None:
     Raises `UsageError` where the folder is missing or may not be written.
     """
     check(path)
-    if path.exists() and not path.is_file():
-        # /dev/stdout and pipes: they are written to, not replaced.
-        path.write_text(text, encoding="utf-8")
-        return
-    # Through a link to the file itself; beside it, as a move across file systems would not be one move.
-    target = path.resolve()
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # Half a surrogate pair in a name is not worth a report.
+    content = text.encode("utf-8", "backslashreplace")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(target)
+        if path.exists() and not path.is_file():
+            # /dev/stdout and pipes: they are written to, not replaced.
+            path.write_bytes(content)
+        else:
+            # Through a link to the file itself.
+            _replace(path.resolve(), content)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _replace(target: Path, content: bytes) -> None:
+    # Beside it, as a move across file systems would not be one move; under a name that nobody can have taken before,
+    # as a link that waits there would lead the content elsewhere.
+    unfinished = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.part")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content)
+        unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)

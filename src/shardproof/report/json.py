@@ -24,7 +24,12 @@ SCHEMA_VERSION = 1
 
 def write(report: Report, path: Path) -> None:
     """Write `report` to `path`, in one move. Raises `UsageError` where the folder is missing."""
-    file.write(path, json.dumps(to_dict(report), indent=2, allow_nan=False) + "\n")
+    file.write(path, text(report))
+
+
+def text(report: Report) -> str:
+    """`report` as the text of a JSON file."""
+    return json.dumps(to_dict(report), indent=2, allow_nan=False) + "\n"
 
 
 def to_dict(report: Report) -> dict[str, object]:
@@ -44,6 +49,7 @@ def to_dict(report: Report) -> dict[str, object]:
         "device": report.device,
         "time_s": _plain(report.time_s),
         "warnings": list(report.warnings),
+        "stopped": None if report.stopped is None else _fields(report.stopped),
         "first": None if report.first is None else _finding(report.first),
         "runs": [_run(run) for run in report.runs],
         "proofs": [_proof(proof) for proof in report.proofs],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,9 +126,19 @@ class Saving:
             load.load(path, loop.root, loop.parameters, None, declared=self._declared)
             return
         # What of this run would not go on is said before anything is overwritten.
-        self._refuse(extra, path)
+        with _checked(path):
+            self._refuse(extra, path)
+            progress = _progress(extra["progress"])
         load.load(path, loop.root, loop.parameters, loop.optimizer, declared=self._declared)
-        self._restore(extra)
+        loop.progress = progress
+        with _checked(path):
+            saved = self._restore(extra)
+        # Outside: their errors are theirs.
+        for callback in loop.training.callbacks:
+            own = next((entry for entry in saved if entry[0] == type(callback).__name__), None)
+            if own is not None:
+                saved.remove(own)
+                callback.load_state_dict(own[1])
         usual = None if loop.training.save_folder is None else self._path(None)
         self.last = usual if usual is not None and usual.absolute() == path else None
 
@@ -198,22 +209,48 @@ class Saving:
                 f"rate would change under way; give the same scheduler=..., or {_WEIGHTS_ALONE}"
             )
 
-    def _restore(self, extra: Mapping[str, Any]) -> None:
+    def _restore(self, extra: Mapping[str, Any]) -> list[list[Any]]:
+        """Everything but the callbacks, whose names and states it returns."""
         loop = self._loop
-        loop.progress = Progress(**extra["progress"])
         loop.loader_state = extra["loader"]
         evaluation = extra.get("evaluation")
         loop.evaluation = None if evaluation is None else Evaluation(**evaluation)
         if loop.scheduler is not None:
-            loop.scheduler.load_state_dict(extra["scheduler"])
+            loop.scheduler.load_state_dict(state_of(loop.scheduler, extra["scheduler"]))
         if loop.scaler is not None and extra["scaler"] is not None:
             loop.scaler.load_state_dict(extra["scaler"])
-        saved = list(extra["callbacks"])
-        for callback in loop.training.callbacks:
-            own = next((entry for entry in saved if entry[0] == type(callback).__name__), None)
-            if own is not None:
-                saved.remove(own)
-                callback.load_state_dict(own[1])
+        return [[str(name), state] for name, state in extra["callbacks"]]
+
+
+@contextmanager
+def _checked(path: Path) -> Iterator[None]:
+    """Inside, data of another shape than a run saves are a `CheckpointError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or was made by hand: {type(error).__name__}: {str(error)[:300]}; "
+            f"load an earlier checkpoint, or {_WEIGHTS_ALONE}"
+        ) from error
+
+
+def _progress(saved: Mapping[str, Any]) -> Progress:
+    found = Progress(**saved)
+    for name, value in found.state_dict().items():
+        kinds = (int, float) if name == "elapsed_s" else (int,)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < 2**53:
+            raise ValueError(f"progress: {name} is {ascii(value)[:80]}")
+    return found
+
+
+def state_of(scheduler: LRScheduler, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What torch's schedulers take for their attributes as it is: none of it may take the place of their code.
+
+    Raises `ValueError`.
+    """
+    if taken := sorted(set(saved) & (set(dir(scheduler)) - set(scheduler.state_dict()))):
+        raise ValueError(f"the scheduler's state holds {', '.join(taken)}, which is no state")
+    return dict(saved)
 
 
 _NEEDED = {"progress", "loader", "scheduler", "scaler", "callbacks", "run"}

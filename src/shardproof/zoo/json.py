@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from shardproof.report import file
+from shardproof.report.json import SCHEMA_VERSION
 from shardproof.zoo.run import BugResult, ControlResult, ZooReport
 
 
@@ -18,6 +19,7 @@ def write(report: ZooReport, path: Path) -> None:
 def to_dict(report: ZooReport) -> dict[str, object]:
     """`report` as dicts, lists, texts, numbers, booleans and None."""
     return {
+        "schema_version": SCHEMA_VERSION,
         "setting": asdict(report.setting),
         "bugs": [_bug(bug) for bug in report.bugs],
         "controls": [_control(control) for control in report.controls],

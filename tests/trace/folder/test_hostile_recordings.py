@@ -44,7 +44,8 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def put(folder: Path, lines: list[Any]) -> None:
-    (folder / INDEX).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    # Without blanks, as the writer does it.
+    (folder / INDEX).write_text("".join(f"{json.dumps(line, separators=(chr(44), chr(58)))}\n" for line in lines))
 
 
 def looked_at(folder: Path) -> Recording | None:

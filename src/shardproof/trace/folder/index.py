@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 from shardproof.trace.folder.line import QUICK, Invalid, Kept, Reader, checked, loads, wrong
 from shardproof.trace.folder.uncollected import uncollected
+from shardproof.trace.folder.usual import Usual
 from shardproof.trace.record import Record
 
 LONGEST_LINE = 2**26
@@ -17,12 +18,21 @@ BLOCK_BYTES = 2**20
 """Bytes of lines that are read at once."""
 
 
+Found = tuple[Record, Kept, bytes | None]
+"""A record, what is kept of it, and the text of its statistics where that has been left for later."""
+
+
 @dataclass(slots=True)
 class Index:
     """What an index says, as far as it can be read."""
 
     records: list[Record] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    """What is kept of each of them; statistics left out where `stats` has their text."""
+
+    stats: list[bytes | None] = field(default_factory=list)
+    """The text of its statistics, of which few are ever asked for (`usual.numbers`)."""
+
     events: list[dict[str, Any]] = field(default_factory=list)
     behind: list[int] = field(default_factory=list)
     """Of each event, how many records stand before it."""
@@ -33,8 +43,10 @@ class Index:
     """Whether the recording came to its own end."""
 
 
-def read(file: BinaryIO, world_size: int, size_of: Callable[[int], int]) -> Index:
+def read(file: BinaryIO, world_size: int, size_of: Callable[[int], int], usual: Usual) -> Index:
     """The rest of an index file whose header has been read; for `size_of` see `line.Reader`.
+
+    `usual` knows what other ranks' lines had in common.
 
     Raises `OSError` only: what is wrong with the content is the index's `problem`.
     """
@@ -44,8 +56,12 @@ def read(file: BinaryIO, world_size: int, size_of: Callable[[int], int]) -> Inde
     try:
         with uncollected():
             for lines in _blocks(file):
-                for plain in _parsed(lines):
-                    _take(plain, index, reader)
+                for found in _found(lines, index, reader, usual):
+                    if found is not None:
+                        record, kept, stats = found
+                        index.records.append(record)
+                        index.kept.append(kept)
+                        index.stats.append(stats)
                     number += 1
     except _Torn:
         index.problem = f"line {number + 1} is not whole: the run was cut off"
@@ -77,6 +93,21 @@ def _blocks(file: BinaryIO) -> Iterator[list[bytes]]:
             raise Invalid(f"it is longer than {LONGEST_LINE} bytes")
     if rest:
         raise _Torn
+
+
+def _found(lines: list[bytes], index: Index, reader: Reader, usual: Usual) -> Iterator[Found | None]:
+    """What stands on each line. Raises `Invalid` where the first bad one stands."""
+    apart = usual.taken_apart(lines)
+    if apart is None:
+        for line, plain in zip(lines, _parsed(lines), strict=True):
+            yield _taken(line, plain, index, reader, usual)
+        return
+    others = _parsed([line for line, parts in zip(lines, apart, strict=True) if parts is None])
+    for line, parts in zip(lines, apart, strict=True):
+        found = usual.read(parts, reader) if parts is not None and not index.closed else None
+        if found is None:
+            found = _taken(line, next(others) if parts is None else loads(line), index, reader, usual)
+        yield found
 
 
 def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
@@ -111,14 +142,14 @@ def _at_once(lines: list[bytes]) -> list[dict[str, Any]] | None:
     return found
 
 
-def _take(plain: dict[str, Any], index: Index, reader: Reader) -> None:
+def _taken(line: bytes, plain: dict[str, Any], index: Index, reader: Reader, usual: Usual) -> Found | None:
+    """The record of a line; None of an event, which is put down."""
     if index.closed:
         raise Invalid("it stands behind the closing line")
     if "event" not in plain:
         record, kept = reader.record(plain)
-        index.records.append(record)
-        index.kept.append(kept)
-        return
+        usual.learn(line, record, kept)
+        return record, kept, None
     checked(plain)
     kind = plain["event"]
     if type(kind) is not str or not kind:
@@ -129,3 +160,4 @@ def _take(plain: dict[str, Any], index: Index, reader: Reader) -> None:
         index.closed = True
     index.events.append(plain)
     index.behind.append(len(index.records))
+    return None

@@ -226,7 +226,7 @@ class Reader:
             name=name,
             part=self._text("part", get("part", "")),
             call=_whole("call", get("call", 0)),
-            piece=None if piece is None else self._piece(piece),
+            piece=None if piece is None else self.piece(piece),
             missing=missing,
             unknown=unknown,
             draws=_whole("draws", get("draws", 0), -(2**64), 2**64),
@@ -275,10 +275,13 @@ class Reader:
         return Kept("sketch", shape, dtype, file, at, size, by, kind, stats)
 
     def _place(self, plain: dict[str, Any], size: int) -> tuple[int, int, int]:
-        """File, first byte and bytes; behind whatever was kept before, and wholly there."""
         file, at = _whole("file", plain.get("file"), 0, LAST_FILE), _whole("at", plain.get("at"))
         if _whole("bytes", plain.get("bytes")) != size:
             raise Invalid(f'"bytes" is {plain["bytes"]}; its shape and dtype take {size}')
+        return self.place(file, at, size)
+
+    def place(self, file: int, at: int, size: int) -> tuple[int, int, int]:
+        """File, first byte and bytes; behind whatever was kept before, and wholly there. Raises `Invalid`."""
         start = self._end + -self._end % ALIGNMENT
         if file == self._file and self._end:
             if at != start:
@@ -313,7 +316,8 @@ class Reader:
             found = self._shapes[key] = _sizes(field, value)
         return found
 
-    def _piece(self, plain: Any) -> Piece:
+    def piece(self, plain: Any) -> Piece:
+        """Where a tensor lies, from plain data. Raises `Invalid`."""
         key = _spelled(plain)
         found = self._pieces.get(key)
         if found is None:

@@ -29,14 +29,19 @@ class Pages:
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     def read(self, path: Path, at: int, size: int) -> Tensor:
-        """`size` bytes of `path` from byte `at` on, uint8. Raises `OSError` where the file has not got them."""
-        if self._touched + size > self._limit:
-            self.give_back()
-        self._touched += size
+        """All bytes of `path`, uint8, of which `size` from byte `at` on are read. Raises `OSError` where the file has
+        not got them."""
+        self.touch(size)
         whole = self._maps.get(path)
         if whole is None or at + size > whole.numel():
             whole = self._maps[path] = _mapped(path, at + size)
-        return whole[at : at + size]
+        return whole
+
+    def touch(self, size: int) -> None:
+        """Note that so many bytes are read next."""
+        if self._touched + size > self._limit:
+            self.give_back()
+        self._touched += size
 
     def give_back(self) -> None:
         """Let the system have all pages; a tensor that is still held reads them again when it is used."""

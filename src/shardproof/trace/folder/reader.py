@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from shardproof.trace.folder.index import Index
 from shardproof.trace.folder.line import SKETCH_SHAPE, STATS_FIELDS, Invalid, Kept
 from shardproof.trace.folder.mapped import Pages
 from shardproof.trace.folder.names import data_name, index_files, index_name
+from shardproof.trace.folder.usual import Usual, numbers
 from shardproof.trace.folder.within import size_within
 from shardproof.trace.record import Record
 from shardproof.trace.stats import Stats
@@ -34,11 +36,12 @@ class RankTrace:
     The index is read when something of it is first asked for, and not again.
     """
 
-    def __init__(self, folder: Path, rank: int, pages: Pages) -> None:
+    def __init__(self, folder: Path, rank: int, pages: Pages, usual: Usual | None = None) -> None:
         """Reads the header. Raises `Invalid`, `WrongVersion` and `OSError`; `open_recording` tells them apart."""
         self.folder, self.rank = folder, rank
-        self._pages = pages
+        self._pages, self._usual = pages, usual or Usual()
         self._data: dict[int, Path] = {}
+        self._words: dict[int, np.ndarray] = {}
         self._path = folder / index_name(rank)
         size_within(folder, self._path)
         with self._path.open("rb") as file:
@@ -52,7 +55,7 @@ class RankTrace:
             size_within(self.folder, self._path)
             with self._path.open("rb") as file:
                 file.readline(index.LONGEST_LINE)
-                return index.read(file, self.world_size, self._size_of)
+                return index.read(file, self.world_size, self._size_of, self._usual)
         except (OSError, Invalid) as error:
             return Index(problem=f"the index can no longer be read: {error}")
 
@@ -103,62 +106,80 @@ class RankTrace:
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Shape of the tensor of record `number` as the rank held it; () where there was none."""
-        return self._kept(number).shape
+        return self.kept(number).shape
 
     def dtype(self, number: int) -> torch.dtype | None:
         """Dtype of the tensor of record `number`; None where there was none."""
-        return self._kept(number).dtype
+        return self.kept(number).dtype
 
     def depth(self, number: int) -> Literal["full", "sketch", "stats"] | None:
         """How much is kept of the tensor of record `number`; None where there was none."""
-        return self._kept(number).depth  # type: ignore[return-value]  # one of DEPTHS
+        return self.kept(number).depth  # type: ignore[return-value]  # one of DEPTHS
 
     def size_bytes(self, number: int) -> int:
         """Bytes of data that are kept of record `number`: of its values, or of its sketch."""
-        return self._kept(number).bytes
+        return self.kept(number).bytes
 
     def tensor(self, number: int) -> Tensor:
         """The values of record `number`: a view of the file, to be read only.
 
         Raises `TraceError` where no values were kept, or the file has changed since.
         """
-        kept = self._kept(number)
+        kept = self.kept(number)
         if kept.depth != "full" or kept.dtype is None:
             raise self._not_kept(number, "values", "full")
         return self._read(kept, kept.dtype, kept.shape)
 
     def sketch(self, number: int) -> Tensor:
         """The sketch of record `number`, shape (16, 16), to be read only. Raises `TraceError` where it has none."""
-        kept = self._kept(number)
+        kept = self.kept(number)
         if kept.sketch_dtype is None:
             raise self._not_kept(number, "sketch", "sketch")
         return self._read(kept, kept.sketch_dtype, SKETCH_SHAPE)
 
     def keyed(self, number: int) -> Literal["index", "samples"] | None:
         """What the rows of record `number`'s sketch are drawn by; None where it has no sketch."""
-        return self._kept(number).keyed  # type: ignore[return-value]  # one of KEYED
+        return self.kept(number).keyed  # type: ignore[return-value]  # one of KEYED
 
     def stats(self, number: int) -> Stats:
         """The statistics of record `number`. Raises `TraceError` where none were kept, or no tensor has such."""
-        kept = self._kept(number)
-        if kept.stats is None:
+        text = self._index.stats[number]
+        held = self.kept(number).stats if text is None else numbers(text)
+        if held is None:
             raise self._not_kept(number, "statistics", "stats")
         try:
-            return Stats.from_dict(dict(zip(STATS_FIELDS, kept.stats, strict=True)))
+            return Stats.from_dict(dict(zip(STATS_FIELDS, held, strict=True)))
         except ValueError as error:
             raise TraceError(f"{self.folder}: rank {self.rank}, record {number}: {error}") from None
 
-    def _kept(self, number: int) -> Kept:
+    def kept(self, number: int) -> Kept:
+        """What is kept of the tensor of record `number`, and where; for statistics ask `stats`."""
         return self._index.kept[number]
+
+    def words(self, kept: Kept) -> np.ndarray:
+        """The bytes of a record that has some, uint8: what `tensor` and `sketch` give, for whoever reads very many.
+
+        Raises `TraceError` where the file has changed since.
+        """
+        words = self._words.get(kept.file)
+        if words is None or kept.at + kept.bytes > len(words):
+            words = self._words[kept.file] = self._mapped(kept).numpy()
+        else:
+            self._pages.touch(kept.bytes)
+        return words[kept.at : kept.at + kept.bytes]
 
     def _read(self, kept: Kept, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         if not math.prod(shape):
             return torch.empty(shape, dtype=dtype)
+        return self._mapped(kept)[kept.at : kept.at + kept.bytes].view(dtype).view(shape)
+
+    def _mapped(self, kept: Kept) -> Tensor:
+        """The file in which a record's data lie, uint8."""
         path = self._data.get(kept.file)
         if path is None:
             path = self._data[kept.file] = self.folder / data_name(self.rank, kept.file)
         try:
-            return self._pages.read(path, kept.at, kept.bytes).view(dtype).view(shape)
+            return self._pages.read(path, kept.at, kept.bytes)
         except OSError as error:
             raise TraceError(f"{self.folder}: rank {self.rank} changed while it was read: {error}") from error
 
@@ -166,7 +187,7 @@ class RankTrace:
         return size_within(self.folder, self.folder / data_name(self.rank, file))
 
     def _not_kept(self, number: int, wanted: str, depth: str) -> TraceError:
-        record, kept = self.records[number], self._kept(number)
+        record, kept = self.records[number], self.kept(number)
         what = f"depth {kept.depth}" if kept.depth else "nothing, as there was no tensor"
         return TraceError(
             f"{self.folder}: rank {self.rank} keeps no {wanted} of step {record.step}, {record.stage}, {record.name}: "
@@ -211,12 +232,12 @@ def open_recording(path: str | Path) -> Recording:
     be read, or not to its end, is told in `problems`.
     """
     path = Path(path)
-    pages = Pages()
+    pages, usual = Pages(), Usual()
     ranks: dict[int, RankTrace] = {}
     problems: list[str] = []
     for rank, _ in _found(path):
         try:
-            ranks[rank] = RankTrace(path, rank, pages)
+            ranks[rank] = RankTrace(path, rank, pages, usual)
         except WrongVersion as error:
             raise TraceError(
                 f"{path}: rank {rank} is a trace of version {error.version}; this shardproof reads version "
