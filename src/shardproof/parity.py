@@ -158,6 +158,7 @@ def assert_parity(experiment: Experiment, *args: Any, **options: Any) -> None:
 
     Warns where nothing was found, but no gradient and no updated weight could be compared either.
     """
+    __tracebackhide__ = True  # pytest then shows the test's line and the report
     report = check(experiment, *args, **options)
     if report is None:
         return

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shardproof.errors import RankHung, UsageError
 from shardproof.ranks.blame import cause
@@ -16,18 +15,15 @@ from shardproof.ranks.heard import Heard
 from shardproof.ranks.live import Live
 from shardproof.ranks.noise import NATIVE_LOG, without_noise
 from shardproof.ranks.output import flush, grouped, label
-from shardproof.ranks.place import FOREVER, Place, Rendezvous
+from shardproof.ranks.place import Place, Rendezvous
 from shardproof.ranks.pool import Ranks
 from shardproof.ranks.preload import preload
 from shardproof.ranks.process import Process
 from shardproof.ranks.safety import refuse_unsafe_fork
 from shardproof.ranks.sigterm import passed_on
+from shardproof.ranks.store import host_store, join_store
 from shardproof.ranks.supervise import hear
 
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
-
-_HOST = "127.0.0.1"
 _STACKS_S = 2.0
 """How long stuck ranks may take to write down where they are."""
 
@@ -43,8 +39,8 @@ class ForkedRanks(Ranks):
         self._timeout_s = timeout_s
         preload()
         refuse_unsafe_fork(device)
-        self._store, port = _host_store()
-        rendezvous = Rendezvous(lambda: _join_store(port), local_size=size)
+        self._store, port = host_store()
+        rendezvous = Rendezvous(lambda: join_store(port), local_size=size)
         # What the parent holds back in its buffers would be written once more by every rank.
         flush()
         self._processes: dict[int, Process] = {}
@@ -100,27 +96,6 @@ class ForkedRanks(Ranks):
     def _end(self, error: BaseException | None) -> None:
         self._finish()
         del self._store
-
-
-def _host_store() -> tuple[Store, int]:
-    """The store where ranks find each other, and its port."""
-    from torch._C._distributed_c10d import TCPStore  # noqa: PLC0415  (the room must be importable without torch)
-
-    # A socket of ours, as the store's own would listen on every network. Port 0 is any free one: never "in use".
-    listening = socket.socket()
-    listening.bind((_HOST, 0))
-    listening.listen(socket.SOMAXCONN)
-    port = listening.getsockname()[1]
-    store = TCPStore(
-        _HOST, port, is_master=True, timeout=FOREVER, wait_for_workers=False, master_listen_fd=listening.detach()
-    )
-    return store, port
-
-
-def _join_store(port: int) -> Store:
-    from torch._C._distributed_c10d import TCPStore  # noqa: PLC0415  (the room must be importable without torch)
-
-    return TCPStore(_HOST, port, is_master=False, timeout=FOREVER, wait_for_workers=False)
 
 
 def _stacks(heard: Heard, called: Mapping[int, Process]) -> dict[int, str]:

@@ -12,17 +12,25 @@ _WAY_OUT = "start the ranks before that (call check, or fit of the Trainer, befo
 
 def refuse_unsafe_fork(device: str) -> None:
     """Raises `UsageError` where forked ranks would hang or crash, with the way out."""
+    why = unsafe_fork(device)
+    if why is not None:
+        raise UsageError(why)
+
+
+def unsafe_fork(device: str) -> str | None:
+    """Why forked ranks would hang or crash, with the way out; None where they would not."""
     if not hasattr(os, "fork"):
-        raise UsageError("this platform has no fork, which starts the ranks; use Linux or macOS, or torchrun")
+        return "this platform has no fork, which starts the ranks; use Linux or macOS, or torchrun"
     import torch  # noqa: PLC0415  (the room must be importable without torch)
 
     if device == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        raise UsageError(f"CUDA is in use in this process already, and ranks forked from it cannot use it; {_WAY_OUT}")
+        return f"CUDA is in use in this process already, and ranks forked from it cannot use it; {_WAY_OUT}"
     if any(name.startswith("pt_autograd_") for name in _threads()):
-        raise UsageError(
+        return (
             "this process has run a backward pass, whose autograd threads do not survive the fork into ranks; "
             + _WAY_OUT
         )
+    return None
 
 
 def _threads() -> list[str]:

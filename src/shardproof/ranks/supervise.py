@@ -22,13 +22,14 @@ def hear(
     *,
     on_event: Callable[[int, object], None],
     look: Callable[[], None] | None = None,
+    heard: Heard | None = None,
 ) -> Heard:
     """Every rank's answer; what there is of them where a rank fails, dies, or the time is up (in seconds).
 
     `look` makes a live call of it: it is called every `POLL_S` or so until a rank fails, and the time limit counts
-    from the last event or answer.
+    from the last event or answer. `heard` is where to put it all, for a caller that has a patience of its own.
     """
-    heard = Heard(silent=set(processes))
+    heard = Heard(silent=set(processes)) if heard is None else heard
     deadline = time.monotonic() + timeout_s
     while heard.silent:
         left_s = deadline - time.monotonic()
