@@ -7,11 +7,12 @@ bin := $(VENV)/bin
 install := $(bin)/python -m pip install --quiet -c constraints.txt
 inputs := pyproject.toml constraints.txt
 
-.PHONY: help check-example test zoo zoo-page frameworks test-frameworks clean
+.PHONY: help check-example test docs zoo zoo-page frameworks test-frameworks clean
 
 help:
 	@echo "make check-example   install shardproof into $(VENV) and check examples/digits.py on four ranks"
 	@echo "make test            install the tools of its developers as well, and run linters and tests"
+	@echo "make docs            build the site of docs/ into site/; open site/index.html"
 	@echo "make zoo             check every known bug, and right code that looks like one; minutes"
 	@echo "make zoo-page        do so in four settings, and write the tables of docs/zoo.md"
 	@echo "make frameworks      make an environment for each framework of examples/frameworks, in $(VENV)/frameworks"
@@ -27,6 +28,9 @@ test: $(VENV)/.dev-installed
 	$(bin)/mypy
 	$(bin)/lint-imports
 	$(bin)/python -m pytest -n 2 --dist loadfile
+
+docs: $(VENV)/.docs-installed
+	$(bin)/zensical build --strict
 
 zoo: $(VENV)/.example-installed
 	$(bin)/shardproof zoo
@@ -49,8 +53,12 @@ $(VENV)/.example-installed: $(inputs) | $(bin)/python
 	$(install) -e '.[examples]'
 	@touch "$@"
 
+$(VENV)/.docs-installed: $(inputs) | $(bin)/python
+	$(install) -e '.[docs]'
+	@touch "$@"
+
 $(VENV)/.dev-installed: $(inputs) | $(bin)/python
-	$(install) -e '.[dev,examples]'
+	$(install) -e '.[dev,docs,examples]'
 	@touch "$@"
 
 $(bin)/python:

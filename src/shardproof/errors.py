@@ -11,6 +11,7 @@
     │   ├── RankFailed          user code raised on a rank
     │   ├── RankDied            the process of a rank ended (a signal, os._exit, out of memory)
     │   ├── RankHung            no rank answered within the time limit
+    │   ├── RankMismatch        ranks called different collectives
     │   └── RankLost            in a launch (torchrun), a peer of this rank is gone or does not answer
     ├── ParityError             layouts that should agree do not (also an AssertionError); exit code 1
     └── InvariantError          replicas that should hold the same bits do not (also an AssertionError); exit code 1
@@ -99,25 +100,47 @@ def _rebuild_failed(failure: Failure, during: str) -> RankFailed:
 
 
 class RankDied(RankError):
-    """The process of a rank ended before it answered: killed, out of memory, or `os._exit` in user code."""
+    """The process of a rank ended before it answered: killed, out of memory, or `os._exit` in user code.
 
-    def __init__(self, rank: int, how: str, *, during: str = "") -> None:
-        self.rank, self.how, self.during = rank, how, during
-        where = f" in {during}" if during else ""
-        super().__init__(f"rank {rank} died{where}: {how}")
+    `how` says how it ended and `at` where: a line of the user's code, with the rest of the stack below it, as far as
+    either is known.
+    """
+
+    def __init__(self, rank: int, how: str, *, during: str = "", at: str = "", stack: str = "") -> None:
+        self.rank, self.how, self.during, self.at, self.stack = rank, how, during, at, stack
+        where = (f" in {during}" if during else "") + (f" at {at}" if at else "")
+        below = f"\n\nWhere it was:\n\n{stack.rstrip()}" if stack else ""
+        super().__init__(f"rank {rank} died{where}: {how}{below}")
 
 
 class RankHung(RankError):
-    """No answer within the time limit. `stacks` maps each rank to its Python stack at that moment."""
+    """No answer within the time limit. `stacks` maps each rank to its Python stack at that moment.
 
-    def __init__(self, timeout_s: float, stacks: dict[int, str], *, during: str = "") -> None:
-        self.timeout_s, self.stacks, self.during = timeout_s, stacks, during
+    `found` says who waits for whom, as far as the ranks' collectives tell.
+    """
+
+    def __init__(self, timeout_s: float, stacks: dict[int, str], *, during: str = "", found: str = "") -> None:
+        self.timeout_s, self.stacks, self.during, self.found = timeout_s, stacks, during, found
         where = f" in {during}" if during else ""
         shown = "\n\n".join(f"rank {rank}:\n{stack.rstrip()}" for rank, stack in sorted(stacks.items()))
         super().__init__(
-            f"no answer{where} within {timeout_s:g} s; raise the limit with --timeout if the step is just slow. "
-            f"Where each rank was:\n\n{shown}"
+            f"no answer{where} within {timeout_s:g} s{f': {found}' if found else ''}; "
+            f"raise the limit with --timeout if the step is just slow. Where each rank was:\n\n{shown}"
         )
+
+
+class RankMismatch(RankError):
+    """Ranks of one process group called different collectives, or the same with other sizes, or in another order.
+
+    `ranks` are those that differ from the others; all of them where there is no majority.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], text: str) -> None:
+        self.ranks = ranks
+        super().__init__(text)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RankMismatch, (self.ranks, str(self))
 
 
 class RankLost(RankError):

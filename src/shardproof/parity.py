@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from shardproof.errors import ParityError, RankError, StrategyError, UsageError
 from shardproof.prove import Prover
 from shardproof.ranks import Ranks, start
 from shardproof.ranks.forked import ForkedRanks
+from shardproof.ranks.scratch import scratch_folder
 from shardproof.report.data import Report, Run
 from shardproof.report.progress import Progress, Silent
 from shardproof.session import Session
@@ -70,11 +70,11 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     if bad:
         raise UsageError(f"show {bad[0]}: there are ranks 0 to {size - 1}")
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
+    with scratch_folder() as folder:
         worker = Worker(
             experiment=experiment,
             trusted=reference if isinstance(reference, Experiment) else experiment,
-            folder=Path(folder),
+            folder=folder,
             dtype=_dtype(dtype),
             steps=_steps(experiment, steps),
             shuffle=shuffle,
@@ -156,7 +156,8 @@ class _Work:
 def assert_parity(experiment: Experiment, *args: Any, **options: Any) -> None:
     """`check`, and raise `ParityError` (an AssertionError whose text is the report) unless every strategy agrees.
 
-    Warns where nothing was found, but no gradient and no updated weight could be compared either.
+    Takes the arguments of `check`, and raises what that raises. `ParityError.report` is the report as data. Warns where
+    nothing was found, but no gradient and no updated weight could be compared either.
     """
     __tracebackhide__ = True  # pytest then shows the test's line and the report
     report = check(experiment, *args, **options)

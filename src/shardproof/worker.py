@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -28,7 +30,7 @@ from shardproof.diagnose.blind import Counts, Lesson, counts_of, learn
 from shardproof.diagnose.case import Case, Facts
 from shardproof.diagnose.explain import explain, first_divergence
 from shardproof.diagnose.finding import Finding
-from shardproof.errors import ExperimentError, StrategyError
+from shardproof.errors import ExperimentError, StrategyError, TraceError
 from shardproof.parallel.data import GlobalBatches, Microbatch, cast, dataset_of
 from shardproof.parallel.initial import default_dtype
 from shardproof.parallel.seeding import seed_everything
@@ -96,14 +98,16 @@ class Worker:
             if run.planting is not None:
                 batches = run.planting.batches(batches, self._read_by)
             # A data set may draw at random, so that only what was read here can be replayed.
-            torch.save([[part.batch for part in parts] for parts in batches], self._batches(name, place.rank))
+            with self._writing():
+                torch.save([[part.batch for part in parts] for parts in batches], self._batches(name, place.rank))
             try:
                 summary = run.train(batches)
             except (RuntimeError, ValueError) as error:
                 if parallelism.tp > 1 and self.experiment.parallelize is None and _is_about_shapes(error):
                     raise _cannot_split(parallelism, error) from error
                 raise
-            run.save(self.trace(name, place.rank))
+            with self._writing():
+                run.save(self.trace(name, place.rank))
         return summary
 
     def reference(self, place: Place, name: str, replay: Replay | None, variant: Variant) -> Summary:
@@ -120,7 +124,8 @@ class Worker:
                     f"({'; '.join(summary.strangers[:3])}); build it from the model that it is given"
                 )
             _first_loss_is_a_number(run)
-            run.save(self.trace(name, 0))
+            with self._writing():
+                run.save(self.trace(name, 0))
         return summary
 
     def draws(
@@ -293,6 +298,20 @@ class Worker:
             for name, layout in runs.items()
         }
         return learn(TraceFile(self.trace(trusted, 0)), self.steps, self.dtype), counts
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises `TraceError` where the disk does not take what a run shows, with the way out."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # Torch's own writer raises a RuntimeError, whatever it was.
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise TraceError(
+                f"{self.folder}: what a run showed cannot be written: {str(error).splitlines()[0]}; make room there, "
+                "or set TMPDIR to a folder on another disk"
+            ) from error
 
     def _traces(self, name: str, observed: Observed) -> list[TraceFile]:
         return [TraceFile(self.trace(name, rank)) for rank in range(observed.parallelism.world_size)]

@@ -198,6 +198,14 @@ BAD = """
             dist.all_reduce(torch.ones(1))  # alone
 
     @pytest.mark.ranks(2)
+    def test_other_collectives():
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.ones(1))
+        else:
+            dist.broadcast(torch.ones(1), 1)
+            dist.barrier()
+
+    @pytest.mark.ranks(2)
     def test_one_skips():
         if dist.get_rank() == 0:
             pytest.skip("not here")
@@ -243,7 +251,7 @@ def test_what_users_write_works(run, pytester) -> None:
 def test_failures_are_shown_once_with_their_ranks(run, pytester) -> None:
     result = run("--junitxml=out.xml", "-o", "junit_logging=all", test_bad=BAD)
     text = result.stdout.str()
-    result.assert_outcomes(passed=1, failed=10, errors=3)
+    result.assert_outcomes(passed=1, failed=11, errors=3)
 
     alike = block(text, "test_alike")
     assert alike.count("[ranks 0-3]") == 2  # of the failure, and of what all of them printed
@@ -273,6 +281,11 @@ def test_failures_are_shown_once_with_their_ranks(run, pytester) -> None:
     )
     assert "in test_hangs" in hangs
     assert "_pytest" not in hangs
+
+    other = block(text, "test_other_collectives")
+    assert "ranks 0-1 called different collectives" in other
+    assert re.search(r"rank 0: all_reduce SUM of float32 \[1\], .*test_bad.py:\d+ in test_other_collectives", other)
+    assert "rank 1: broadcast" in other
 
     assert "the ranks disagree: skipped on rank 0, not on rank 1" in block(text, "test_one_skips")
     assert "OSError: no such device" in block(text, "test_setup")

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -151,19 +150,3 @@ def test_ranks_that_are_never_closed_end_with_the_interpreter() -> None:
     done = subprocess.run([sys.executable, "-c", _PROGRAM, "end"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert not any(_alive(int(pid)) for pid in done.stdout.splitlines()[1].split())
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_ranks_end_with_a_parent_that_is_interrupted_or_killed(sent: signal.Signals) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, "sleep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as program:
-        assert program.stdout
-        assert program.stderr
-        assert program.stdout.readline() == "begin\n"
-        pids = [int(pid) for pid in program.stdout.readline().split()]
-        program.send_signal(sent)
-        program.wait(timeout=10)
-        stderr = program.stderr.read()
-    assert _all_end(pids)
-    assert stderr.count("Traceback") == (sent == signal.SIGINT), "the parent's own, and none of a rank"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,7 +16,11 @@ from shardproof.pytest_plugin.prompt import Terminal
 from shardproof.pytest_plugin.rank import RankSide
 from shardproof.pytest_plugin.streams import Files
 from shardproof.ranks.answer import Answer
+from shardproof.ranks.blame import Death
+from shardproof.ranks.explained import Standstill
 from shardproof.ranks.heard import AFTER_AN_ECHO_S, Heard
+from shardproof.ranks.journal import Call
+from shardproof.ranks.mismatch import first_mismatch, told_mismatch
 from shardproof.ranks.noise import without_noise
 from shardproof.ranks.output import flush
 from shardproof.ranks.place import Place, Rendezvous
@@ -83,13 +88,21 @@ class Ranks:
 
     def run(self, order: Order) -> Ran:
         """Runs a test. After it, `fit` says whether another can be run here, `orderly` whether all ranks have ended."""
-        heard = self._call("run", order, order.limit_s)
+        before = {rank: process.journal.count() for rank, process in self._processes.items()}
+        heard = self._call("run", order, order.limit_s, before)
         ran = heard.ran
-        ran.deaths = heard.deaths
+        ran.deaths = _told(heard.deaths)
         for rank, said in heard.answers.items():
             if said.failure:
                 (ran.lost if said.echo else ran.broken)[rank] = said.failure.traceback
-        ran.late = bool(heard.silent) and not (heard.trouble or heard.failures or ran.stopped)
+        if heard.silent or heard.trouble or heard.failures:
+            # gloo aborts a rank whose peer sends more or less than it does; a failure of the test's own may come after
+            # sizes that the backend forgave.
+            sizes = bool(heard.deaths) or any(said.echo for said in heard.failures)
+            mismatch = first_mismatch(self._journals(before), sizes=sizes)
+            if mismatch is not None:
+                ran.mismatch, ran.mismatched = told_mismatch(mismatch, ""), mismatch.guilty
+        ran.late = bool(heard.silent) and not ran.mismatch and not (heard.trouble or heard.failures or ran.stopped)
         ran.stacks = self._stacks(heard.silent)
         self.orderly = not (heard.silent or heard.trouble or heard.ran.stopped or any(r.echo for r in heard.failures))
         self.fit = self.orderly and self._all_fit(heard)
@@ -98,10 +111,10 @@ class Ranks:
 
     def finish(self) -> dict[int, str]:
         """Tears down what fixtures are still alive; rank -> what went wrong."""
-        heard = self._call("finish", None, _FINISH_S)
+        heard = self._call("finish", None, _FINISH_S, {})
         late = dict.fromkeys(heard.silent, f"fixtures were not torn down within {_FINISH_S:g} s")
         broken = {rank: said.failure.traceback for rank, said in heard.answers.items() if said.failure}
-        return late | broken | heard.deaths
+        return late | broken | _told(heard.deaths)
 
     def close(self) -> None:
         """Ends all processes."""
@@ -112,14 +125,21 @@ class Ranks:
         for files in self._files.values():
             files.close()
 
-    def _call(self, method: str, order: Order | None, limit_s: float | None) -> _Heard:
+    def _call(self, method: str, order: Order | None, limit_s: float | None, before: Mapping[int, int]) -> _Heard:
         message = pickle.dumps((method, () if order is None else (order,)))
         for process in self._processes.values():
             process.send(message)
         heard = _Heard(silent=set(self._processes), debugged=self._debugged)
         limit = float("inf") if limit_s is None else limit_s
-        hear(self._processes, limit, on_event=heard.tell, heard=heard)
+        stuck = Standstill(
+            lambda: self._journals(before), lambda: [process.journal.count() for process in self._processes.values()]
+        )
+        hear(self._processes, limit, on_event=heard.tell, heard=heard, stuck=lambda: not self._debugged and stuck())
         return heard
+
+    def _journals(self, before: Mapping[int, int]) -> dict[int, list[Call]]:
+        """What each rank has called since the test began: what earlier ones did is over."""
+        return {rank: process.journal.calls(before.get(rank, 0)) for rank, process in self._processes.items()}
 
     def _all_fit(self, heard: _Heard) -> bool:
         answers: list[Answer] = list(heard.answers.values())
@@ -141,3 +161,7 @@ class Ranks:
                 line for text in self._files[rank].text().values() for line in text.splitlines()
             ] + without_runners(lines)
         return lines
+
+
+def _told(deaths: Mapping[int, Death]) -> dict[int, str]:
+    return {rank: f"{death.how}, at {death.at}" if death.at else death.how for rank, death in deaths.items()}

@@ -64,6 +64,16 @@ def _phases(item: pytest.Item, ran: Ran, size: int, limit_s: float | None) -> di
             phase.reports[rank] = report
             if report.failed:
                 (phase.echoes if one.echo else phase.causes).append(Cause((rank,), report.longrepr))
+    if ran.mismatch:
+        # What else there is came of it: aborts, lost peers, ranks that wait for ever.
+        phases[_reached(ran, ran.mismatched[0])].causes.insert(0, told(item, ran.mismatch, ranks=ran.mismatched))
+    else:
+        _add_losses(phases, item, ran, size, limit_s)
+    return phases
+
+
+def _add_losses(phases: Mapping[Phase, _Phase], item: pytest.Item, ran: Ran, size: int, limit_s: float | None) -> None:
+    """Ranks that died, broke outside the test, or had not ended it when they were given up."""
     for rank, how in ran.deaths.items():
         phases[_reached(ran, rank)].causes.append(told(item, f"died: {how}", ranks=(rank,)))
     for rank, why in ran.broken.items():
@@ -78,7 +88,6 @@ def _phases(item: pytest.Item, ran: Ran, size: int, limit_s: float | None) -> di
         first = next((phase for phase in phases.values() if phase.causes), None)
         if first is not None:
             first.causes.append(waited(item, ran.stacks))
-    return phases
 
 
 def _reached(ran: Ran, rank: int) -> Phase:

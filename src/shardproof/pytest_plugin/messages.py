@@ -85,6 +85,10 @@ class Ran:
     """Rank -> likewise, where that was only the loss of a peer."""
     late: bool = False
     """Whether the time limit was over, rather than that others had failed."""
+    mismatch: str = ""
+    """Which ranks called another collective than their peers, where that is why the test failed or stood still ..."""
+    mismatched: tuple[int, ...] = ()
+    """... and these ranks."""
     output: dict[int, list[str]] = field(default_factory=dict)
     """Rank -> what it printed past pytest's capturing, or before it died."""
     stopped: str | None = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from shardproof import errors
 from shardproof.errors import Failure, InvariantError, UsageError
 from shardproof.ranks.failure import describe, only_waited
+from shardproof.ranks.journal import Tally
 from shardproof.ranks.place import Place
 
 
@@ -23,6 +25,8 @@ class Answer:
     """Not the rank failed: what it was asked to do is wrong, or it found replicas that differ."""
     echo: bool = False
     """Whether the failure says only that a peer was lost, so that the cause is elsewhere."""
+    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    """Process group -> what this rank called on it; of a call that went well."""
 
     @property
     def good(self) -> bool:
@@ -35,7 +39,7 @@ def perform(target: object, place: Place, message: bytes) -> bytes:
     try:
         method, args = pickle.loads(message)
         result = getattr(target, method)(place, *args)
-        return pickle.dumps(Answer(rank=place.rank, result=result))
+        return pickle.dumps(Answer(rank=place.rank, result=result, tallies=place.tallies()))
     except BaseException as error:  # noqa: BLE001  (sys.exit and KeyboardInterrupt in user code are failures as well)
         return pickle.dumps(_answer(error, place.rank))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from shardproof.errors import InvariantError, RankDied, RankError, RankFailed, UsageError
 from shardproof.ranks.answer import Answer
 
 _SIGNALS = {
-    "SIGKILL": "out of memory, or killed by hand",
     "SIGTERM": "it was asked to end",
     "SIGSEGV": "a crash in native code",
     "SIGABRT": "native code gave up",
@@ -20,8 +20,18 @@ _SIGNALS = {
 """What each signal commonly means to someone who trains models."""
 
 
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What is known of the end of a rank's process."""
+
+    how: str
+    at: str = ""
+    """The user's line where it ended, where that is known."""
+    stack: str = ""
+
+
 def cause(
-    answers: Mapping[int, Answer], deaths: Mapping[int, str], *, during: str
+    answers: Mapping[int, Answer], deaths: Mapping[int, Death], *, during: str
 ) -> tuple[int, RankError | UsageError | InvariantError] | None:
     """The guilty rank and the error to raise: the lowest rank that is no mere echo. None where all went well."""
     bad = [answer for answer in answers.values() if not answer.good]
@@ -30,15 +40,19 @@ def cause(
         return None
     _, rank = min(suspects)
     if rank in deaths:
-        return rank, RankDied(rank, deaths[rank], during=during)
+        death = deaths[rank]
+        return rank, RankDied(rank, death.how, during=during, at=death.at, stack=death.stack)
     guilty = answers[rank]
     if guilty.failure is not None:
         return rank, RankFailed(guilty.failure, during=during)
     return rank, guilty.verdict or UsageError("a rank failed without saying why")
 
 
-def how_it_ended(exit_code: int | None) -> str:
-    """The end of a process in words; `exit_code` is negative for signals, None where nobody knows."""
+def how_it_ended(exit_code: int | None, *, killed: str = "out of memory, or killed by hand") -> str:
+    """The end of a process in words; `exit_code` is negative for signals, None where nobody knows.
+
+    `killed` says what may have sent a SIGKILL.
+    """
     if exit_code is None:
         return "its process is gone, and its exit code with it"
     if exit_code >= 0:
@@ -47,5 +61,5 @@ def how_it_ended(exit_code: int | None) -> str:
         name = signal.Signals(-exit_code).name
     except ValueError:
         return f"killed by signal {-exit_code}"
-    meaning = _SIGNALS.get(name)
+    meaning = killed if name == "SIGKILL" else _SIGNALS.get(name)
     return f"killed by signal {-exit_code} ({name})" + (f": {meaning}" if meaning else "")

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from shardproof.errors import Failure
 
+MAX_CHARS = 20_000
+"""Of a message and of a traceback: some exceptions bring a whole tensor or a log along."""
+
 OUR_FOLDER = str(Path(__file__).parents[1]) + os.sep
 
 _LIBRARIES = tuple(
@@ -49,10 +52,10 @@ def describe(error: BaseException, rank: int) -> Failure:
     return Failure(
         rank=rank,
         type_name=type(error).__name__,
-        message=_text(error),
+        message=_shortened(_text(error)),
         file=innermost.filename if innermost else "<unknown>",
         line=(innermost.lineno or 0) if innermost else 0,
-        traceback="".join(report.format()),
+        traceback=_shortened("".join(report.format())),
     )
 
 
@@ -103,6 +106,13 @@ def _links(report: traceback.TracebackException) -> Iterator[traceback.Traceback
     for linked in (report.__cause__, report.__context__, *(report.exceptions or ())):
         if linked is not None:
             yield from _links(linked)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MAX_CHARS:
+        return text
+    half = MAX_CHARS // 2
+    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"
 
 
 def _text(error: BaseException) -> str:

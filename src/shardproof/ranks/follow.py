@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 
+from shardproof.ranks.journal import Journal
 from shardproof.ranks.launch import Launch
 from shardproof.ranks.output import flush
 from shardproof.ranks.stacks import of_frame, trimmed
@@ -35,15 +37,17 @@ def call_key(rank: int, number: int) -> str:
 
 
 def stack_key(rank: int) -> str:
-    """Where `rank` writes where it stands."""
+    """Where `rank` writes where it stands, and what it has called on its process groups."""
     return f"stack/{rank}"
 
 
-def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes], bytes]) -> None:
+def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes], bytes], journal: Journal) -> None:
     """Serves calls until the leader is done. After an error it never returns: the process ends."""
     main = threading.get_ident()
     done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(watching, launch, main, done), name="shardproof watch", daemon=True)
+    watch = threading.Thread(
+        target=_watch, args=(watching, launch, main, done, journal), name="shardproof watch", daemon=True
+    )
     watch.start()
     number = 1
     try:
@@ -67,13 +71,14 @@ def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes]
     threading.Event().wait()
 
 
-def _watch(wire: Wire, launch: Launch, main: int, done: threading.Event) -> None:
+def _watch(wire: Wire, launch: Launch, main: int, done: threading.Event, journal: Journal) -> None:
     """Ends the process after an error, also where its main thread is stuck in a collective."""
     shown = False
     try:
         while (stop := wire.look(STOP)) is None:
             if not shown and wire.look(STACKS) is not None:
-                wire.send(stack_key(launch.rank), trimmed(of_frame(sys._current_frames().get(main))).encode())
+                stack = trimmed(of_frame(sys._current_frames().get(main)))
+                wire.send(stack_key(launch.rank), pickle.dumps((stack, journal.calls())))
                 shown = True
             if done.wait(_WATCH_S):
                 return

@@ -9,9 +9,11 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from shardproof.errors import RankHung, UsageError
+from shardproof.errors import RankDied, RankMismatch, UsageError
 from shardproof.ranks.blame import cause
+from shardproof.ranks.explained import Standstill, explained, hung, refuse_uneven
 from shardproof.ranks.heard import Heard
+from shardproof.ranks.journal import Call
 from shardproof.ranks.live import Live
 from shardproof.ranks.noise import NATIVE_LOG, without_noise
 from shardproof.ranks.output import flush, grouped, label
@@ -59,22 +61,38 @@ class ForkedRanks(Ranks):
         called = {rank: self._processes[rank] for rank in ranks}
         for process in called.values():
             process.send(message)
-        heard = self._hear_live(called, during) if live else hear(called, self._timeout_s, on_event=self.on_event)
+        stuck = Standstill(
+            lambda: self._journals(called), lambda: [process.journal.count() for process in called.values()]
+        )
+        if live:
+            heard = self._hear_live(called, during, stuck)
+        else:
+            heard = hear(called, self._timeout_s, on_event=self.on_event, stuck=stuck)
         found = cause(heard.answers, heard.deaths, during=during)
         if found is not None:
             guilty, error = found
             for process in self._processes.values():
                 process.kill()
-            self._show(self._processes, during, guilty=guilty)
+            echo = guilty in heard.answers and heard.answers[guilty].echo
+            sizes = echo or isinstance(error, RankDied)
+            error = explained(error, self._journals(called), during=during, sizes=sizes)
+            # After a mismatch, what any rank says natively comes of it.
+            self._show(self._processes, during, guilty=-1 if isinstance(error, RankMismatch) else guilty)
             raise error from None
         if heard.silent:
+            # Before the signal that asks for stacks, which may wake up a rank that then goes on.
+            journals = self._journals(called)
             stacks = _stacks(heard, called)
             self._show(self._processes, during)
-            raise RankHung(self._timeout_s, stacks, during=during)
+            raise hung(self._timeout_s, stacks, journals, during=during)
         self._show(self._processes, during)
+        refuse_uneven(heard.answers, lambda: self._journals(called), during=during)
         return {rank: heard.answers[rank].result for rank in ranks}
 
-    def _hear_live(self, called: Mapping[int, Process], during: str) -> Heard:
+    def _journals(self, called: Mapping[int, Process]) -> dict[int, list[Call]]:
+        return {rank: process.journal.calls() for rank, process in called.items()}
+
+    def _hear_live(self, called: Mapping[int, Process], during: str, stuck: Standstill) -> Heard:
         def ask_to_end() -> None:
             for process in called.values():
                 process.ask_to_end()
@@ -82,7 +100,7 @@ class ForkedRanks(Ranks):
         outputs = [process.output for process in self._processes.values()]
         output = Live(outputs, lambda: self._show(self._processes, during, whole=True))
         with passed_on(ask_to_end, self._finish):
-            return hear(called, self._timeout_s, on_event=self.on_event, look=output.look)
+            return hear(called, self._timeout_s, on_event=self.on_event, look=output.look, stuck=stuck)
 
     def _show(
         self, processes: Mapping[int, Process], during: str, *, guilty: int | None = None, whole: bool = False
@@ -102,7 +120,7 @@ def _stacks(heard: Heard, called: Mapping[int, Process]) -> dict[int, str]:
     for rank in heard.silent:
         called[rank].stack.ask(called[rank].pid)
     deadline = time.monotonic() + _STACKS_S
-    return {rank: called[rank].stack.read(deadline) for rank in sorted(heard.silent)}
+    return {rank: called[rank].where(deadline) for rank in sorted(heard.silent)}
 
 
 def _before_the_echo(lines: Sequence[str]) -> list[str]:

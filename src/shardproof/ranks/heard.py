@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from shardproof.ranks.answer import Answer
+from shardproof.ranks.blame import Death
 
 AFTER_A_CAUSE_S = 0.3
 """How long other ranks may take to report the same, so that the lowest rank is named in every run."""
@@ -20,7 +21,7 @@ class Heard:
     silent: set[int]
     """Ranks that live and have not answered."""
     answers: dict[int, Answer] = field(default_factory=dict)
-    deaths: dict[int, str] = field(default_factory=dict)
+    deaths: dict[int, Death] = field(default_factory=dict)
     """Rank -> how its process ended."""
 
     def answer(self, answer: Answer) -> None:
@@ -28,7 +29,7 @@ class Heard:
         self.answers[answer.rank] = answer
         self.silent.discard(answer.rank)
 
-    def death(self, rank: int, how: str) -> None:
+    def death(self, rank: int, how: Death) -> None:
         """One rank will not answer any more."""
         self.deaths[rank] = how
         self.silent.discard(rank)

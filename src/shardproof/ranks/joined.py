@@ -10,14 +10,17 @@ import time
 from collections import Counter
 from typing import Any, Self
 
-from shardproof.errors import RankHung, StrategyError, UsageError
+from shardproof.errors import InvariantError, RankDied, RankError, RankMismatch, StrategyError, UsageError
 from shardproof.ranks import noise
 from shardproof.ranks.answer import perform
 from shardproof.ranks.blame import cause
+from shardproof.ranks.explained import explained, hung, refuse_uneven
 from shardproof.ranks.follow import ANSWERS, BYE, STACKS, STOP, call_key, follow, stack_key
 from shardproof.ranks.heard import Heard
 from shardproof.ranks.interface import choose_interface
+from shardproof.ranks.journal import Call
 from shardproof.ranks.launch import Launch
+from shardproof.ranks.overhear import own_journal
 from shardproof.ranks.own_part import OwnPart
 from shardproof.ranks.place import Place, Rendezvous
 from shardproof.ranks.pool import Ranks
@@ -67,12 +70,14 @@ class JoinedRanks(Ranks):
         if self.leader:
             self._own = OwnPart(self._perform)
             self._place = dataclasses.replace(self._place, _tell=self._own.tell)
+        self._journal = own_journal()
+        self._place = dataclasses.replace(self._place, _journal=self._journal)
         self._sent: Counter[int] = Counter()
         self._read = 0
 
     def __enter__(self) -> Self:
         if not self.leader:
-            follow(self._launch, self._wire, Wire(self._launch, self._prefix), self._perform)
+            follow(self._launch, self._wire, Wire(self._launch, self._prefix), self._perform, self._journal)
             self._ended = "have ended: only rank 0 calls, and it is done"
         return self
 
@@ -83,6 +88,7 @@ class JoinedRanks(Ranks):
     def _call(self, method: str, args: tuple[Any, ...], ranks: list[int], during: str, *, live: bool) -> dict[int, Any]:
         if self._own is None:
             raise UsageError(f"rank {self._launch.rank} cannot run {method}: only rank 0 calls, inside `with`")
+        own = self._own
         message = pickle.dumps((method, args))
         for rank in ranks:
             if rank == 0:
@@ -90,13 +96,30 @@ class JoinedRanks(Ranks):
             else:
                 self._sent[rank] += 1
                 self._wire.send(call_key(rank, self._sent[rank]), message)
-        heard = self._hear(self._own, set(ranks), live=live)
+        heard = self._hear(own, set(ranks), live=live)
         found = cause(heard.answers, heard.deaths, during=during)
         if found is not None:
-            raise found[1] from None
+            guilty, error = found
+            if guilty in heard.answers and heard.answers[guilty].echo:
+                error = self._whom_it_lost(own, guilty, error, heard, during)
+            raise error from None
         if heard.silent:
-            raise RankHung(self._timeout_s, self._stacks(self._own, heard.silent), during=during)
+            stacks, journals = self._stacks(own, heard.silent)
+            raise hung(self._timeout_s, stacks, journals, during=during)
+        refuse_uneven(heard.answers, lambda: self._stacks(own, set(ranks))[1], during=during)
         return {rank: heard.answers[rank].result for rank in ranks}
+
+    def _whom_it_lost(
+        self, own: OwnPart, guilty: int, error: RankError | UsageError | InvariantError, heard: Heard, during: str
+    ) -> RankError | UsageError | InvariantError:
+        """A rank has lost a peer: the one that does not even say where it is, or the mismatch that came before."""
+        _, journals = self._stacks(own, set(range(self.size)))
+        error = explained(error, journals, during=during, sizes=True)
+        gone = [rank for rank in sorted(heard.silent) if rank not in journals]
+        if isinstance(error, RankMismatch) or not gone:
+            return error
+        how = f"its process does not answer any more, and rank {guilty} has lost it; the launcher knows how it ended"
+        return RankDied(gone[0], how, during=during)
 
     def _hear(self, own: OwnPart, ranks: set[int], *, live: bool) -> Heard:
         heard = Heard(silent=ranks)
@@ -126,17 +149,20 @@ class JoinedRanks(Ranks):
             spoken = True
         return spoken
 
-    def _stacks(self, own: OwnPart, silent: set[int]) -> dict[int, str]:
+    def _stacks(self, own: OwnPart, asked: set[int]) -> tuple[dict[int, str], dict[int, list[Call]]]:
+        """Where the ranks are, and what each of those that still answer has called."""
         self._wire.send(STACKS, b"please")
-        stacks = {0: own.stack()} if 0 in silent else {}
+        stacks = {0: own.stack()} if 0 in asked else {}
+        journals = {0: self._journal.calls()} if 0 in asked else {}
         deadline = time.monotonic() + _STACKS_S
-        while len(stacks) < len(silent) and time.monotonic() < deadline:
-            for rank in silent - set(stacks):
-                stack = self._wire.receive(stack_key(rank))
-                if stack is not None:
-                    stacks[rank] = stack.decode()
+        while len(stacks) < len(asked) and time.monotonic() < deadline:
+            for rank in asked - set(stacks):
+                told = self._wire.receive(stack_key(rank))
+                if told is not None:
+                    stacks[rank], journals[rank] = pickle.loads(told)
             time.sleep(_POLL_S)
-        return {rank: stacks.get(rank, "  unknown: it does not answer, perhaps its process is gone") for rank in silent}
+        unknown = "  unknown: it does not answer, perhaps its process is gone"
+        return {rank: stacks.get(rank, unknown) for rank in asked}, journals
 
     def _end(self, error: BaseException | None) -> None:
         if self._own is None:

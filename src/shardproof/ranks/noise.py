@@ -37,5 +37,5 @@ def silence() -> None:
         warnings.filterwarnings("ignore", message=re.escape(message))
 
 
-NATIVE_LOG = re.compile(r"^(\[rank\d+\]:)?\[[WE]\d{3,} .*\.(cpp|hpp|cc|h):\d+\]")
-"""A line that torch's C++ code logs, as `[W1122 00:07:02 socket.cpp:204] ...`."""
+NATIVE_LOG = re.compile(r"^(\[rank\d+\]:)?\[[WE]\d{3,} .*\.(cpp|hpp|cc|h):\d+\]|^terminate called .* 'gloo::")
+"""A line that torch's C++ code logs, as `[W1122 00:07:02 socket.cpp:204] ...`, or gloo's last words."""

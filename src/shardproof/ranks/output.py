@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 from shardproof.ranks.disk import give_back
@@ -123,14 +123,18 @@ def grouped(lines: Mapping[int, Sequence[str]]) -> Iterator[tuple[tuple[int, ...
 
 def label(ranks: Sequence[int], during: str) -> str:
     """`[ddp ranks 0-3]`, `[ddp rank 1]`, `[ranks 0, 2-3]`."""
+    return f"[{during + ' ' if during else ''}{'rank' if len(ranks) == 1 else 'ranks'} {numbers(ranks)}]"
+
+
+def numbers(ranks: Iterable[int]) -> str:
+    """`0-3`, `0, 2-3`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    numbers = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"[{during + ' ' if during else ''}{'rank' if len(ranks) == 1 else 'ranks'} {numbers}]"
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _show_warning(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shardproof.errors import UsageError
 from shardproof.ranks.caches import forget_meshes
+from shardproof.ranks.journal import Journal, Tally
 
 if TYPE_CHECKING:
     import torch
@@ -32,15 +33,16 @@ class Rendezvous:
         self._store: Store | None = None
         self._worlds: Counter[tuple[str, int]] = Counter()
 
-    def store(self, name: str, size: int) -> Store:
-        """A store of its own for each world, so that no key of an earlier one is ever read."""
+    def store(self, name: str, size: int) -> tuple[str, Store]:
+        """A store of its own for each world, so that no key of an earlier one is ever read; its name comes first."""
         from torch._C._distributed_c10d import PrefixStore  # noqa: PLC0415  (a Place is made before torch is loaded)
 
         if self._store is None:
             self._store = self._connect()
         # Counted by name and size: the ranks of a smaller world have been in more worlds than the others.
         self._worlds[name, size] += 1
-        return PrefixStore(f"world/{name}/{size}/{self._worlds[name, size]}", self._store)
+        key = f"world/{name}/{size}/{self._worlds[name, size]}"
+        return key, PrefixStore(key, self._store)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Place:
     """"cpu" or "cuda"."""
     _rendezvous: Rendezvous | None = field(default=None, repr=False, compare=False)
     _tell: Callable[[object], None] | None = field(default=None, repr=False, compare=False)
+    _journal: Journal | None = field(default=None, repr=False, compare=False)
+
+    def tallies(self) -> dict[str, Tally]:
+        """What was called on each process group in this call, as far as anybody counts."""
+        return {} if self._journal is None else self._journal.tallies()
 
     def tell(self, event: object) -> None:
         """Sends `event` to the caller while a call is running; it arrives as `Ranks.on_event(rank, event)`.
@@ -96,11 +103,13 @@ class Place:
         from torch._C._distributed_c10d import HashStore  # noqa: PLC0415
 
         if size == 1:
-            store: Store = HashStore()  # private: nobody else is needed
+            key, store = f"alone/{name}", HashStore()  # type: tuple[str, Store]  # private: nobody else is needed
         elif not self.rank < size <= self.size or self._rendezvous is None:
             raise UsageError(f"rank {self.rank} of {self.size} cannot join the world {name!r} of {size} ranks")
         else:
-            store = self._rendezvous.store(name, size)
+            key, store = self._rendezvous.store(name, size)
+        if self._journal is not None:
+            self._journal.enter(key)
         rank = 0 if size == 1 else self.rank
         with self._announced(rank, size):
             dist.init_process_group(self.backend(), store=store, rank=rank, world_size=size, timeout=FOREVER)

@@ -11,10 +11,14 @@ import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Pipe
 
+from shardproof.ranks import oom
+from shardproof.ranks.blame import Death, how_it_ended
+from shardproof.ranks.journal import Journal
+from shardproof.ranks.mismatch import told_spot
 from shardproof.ranks.output import Caught
 from shardproof.ranks.place import Place
 from shardproof.ranks.serve import live, outlive_nobody
-from shardproof.ranks.stacks import Stack
+from shardproof.ranks.stacks import Stack, process_state, user_line
 
 
 class Process:
@@ -26,6 +30,8 @@ class Process:
         self.connection, theirs = Pipe()
         self.output = Caught()
         self.stack = Stack()
+        self.journal = Journal()
+        self._oom_kills = oom.kills()
         self._exit_code: int | None = None
         self._reaped = False
         parent = os.getpid()
@@ -43,7 +49,7 @@ class Process:
                 outlive_nobody(parent)
                 for pipe in (self.connection, *(elder.connection for elder in elders)):
                     pipe.close()
-                live(target, place, theirs, self.output, self.stack)
+                live(target, place, theirs, self.output, self.stack, self.journal)
             except BaseException:  # noqa: BLE001  (whatever it is, it must not unwind into the parent's copy of the stack)
                 traceback.print_exc()
             finally:
@@ -56,6 +62,7 @@ class Process:
 
     def send(self, message: bytes) -> None:
         """Hands the rank a call. A rank that is gone does not raise here: that shows while its answer is awaited."""
+        self.journal.lose_sight()
         with contextlib.suppress(OSError):
             self.connection.send_bytes(message)
 
@@ -75,6 +82,23 @@ class Process:
             else:
                 time.sleep(0.005)
         return True
+
+    def death(self) -> Death:
+        """How a process that is gone has ended, and where, as far as it could leave word."""
+        how = how_it_ended(self._exit_code, killed=oom.told(self._oom_kills, oom.kills()))
+        stack = self.stack.left()
+        if (spot := user_line(stack)) is not None:
+            return Death(how, at=told_spot(spot), stack=stack)
+        seen = self.journal.seen()
+        return Death(how if seen is None else f"{how}; it was last seen at {told_spot(seen)}", stack=stack)
+
+    def where(self, deadline: float) -> str:
+        """The stack of a rank that `stack.ask` was called for."""
+        if process_state(self.pid) == "T":
+            seen = self.journal.seen()
+            last = "" if seen is None else f"; it was last seen at {told_spot(seen)}"
+            return f"  stopped (by SIGSTOP or a debugger: SIGCONT lets it go on){last}"
+        return self.stack.read(deadline)
 
     @property
     def exit_code(self) -> int | None:
@@ -107,3 +131,4 @@ class Process:
         self.connection.close()
         self.output.close()
         self.stack.close()
+        self.journal.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import faulthandler
 import gc
 import os
 import signal
@@ -13,20 +12,25 @@ from multiprocessing.connection import Connection
 
 from shardproof.ranks import noise
 from shardproof.ranks.answer import perform
+from shardproof.ranks.journal import Journal
 from shardproof.ranks.loopback import loopback
 from shardproof.ranks.output import Caught, flush
+from shardproof.ranks.overhear import overhear
 from shardproof.ranks.place import Place
+from shardproof.ranks.sight import keep_in_sight
 from shardproof.ranks.stacks import Stack
 from shardproof.ranks.told import Voice
 
 _PR_SET_PDEATHSIG = 1
 
 
-def live(target: object, place: Place, connection: Connection, output: Caught, stack: Stack) -> None:
+def live(target: object, place: Place, connection: Connection, output: Caught, stack: Stack, journal: Journal) -> None:
     """Answers calls until the parent is gone; mostly the parent ends this process before that."""
     _settle(place, output, stack)
     voice = Voice(place.rank, connection)
-    place = dataclasses.replace(place, _tell=voice.tell)
+    place = dataclasses.replace(place, _tell=voice.tell, _journal=journal)
+    overhear(journal)
+    keep_in_sight(journal)
     while True:
         try:
             message = voice.hear()
@@ -48,7 +52,6 @@ def _settle(place: Place, output: Caught, stack: Stack) -> None:
     _read_nothing()
     output.catch()
     stack.answer_signals()
-    faulthandler.enable(file=sys.stderr, all_threads=False)
     noise.silence()
     # What the parent has made is here to stay: the collector neither looks at it nor copies its pages.
     gc.freeze()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 
-from shardproof.ranks.blame import how_it_ended
+from shardproof.ranks.blame import Death
 from shardproof.ranks.heard import Heard
 from shardproof.ranks.process import Process
 from shardproof.ranks.told import Told
@@ -23,11 +23,14 @@ def hear(
     on_event: Callable[[int, object], None],
     look: Callable[[], None] | None = None,
     heard: Heard | None = None,
+    stuck: Callable[[], bool] = lambda: False,
 ) -> Heard:
     """Every rank's answer; what there is of them where a rank fails, dies, or the time is up (in seconds).
 
     `look` makes a live call of it: it is called every `POLL_S` or so until a rank fails, and the time limit counts
-    from the last event or answer. `heard` is where to put it all, for a caller that has a patience of its own.
+    from the last event or answer. `heard` is where to put it all, for a caller that has a patience of its own. `stuck`
+    is called likewise, and ends the waiting where it returns True: ranks have called different collectives, and will
+    not answer.
     """
     heard = Heard(silent=set(processes)) if heard is None else heard
     deadline = time.monotonic() + timeout_s
@@ -42,9 +45,13 @@ def hear(
             process = processes[rank]
             closed = process.connection in ready and not _listen(process, heard, on_event)
             if closed and not process.gone(wait_s=2.0):
-                heard.death(rank, "it closed its pipe to the supervisor, as code does that closes every open file")
+                heard.death(
+                    rank, Death("it closed its pipe to the supervisor, as code does that closes every open file")
+                )
             elif closed or (process.connection not in ready and process.gone() and not process.connection.poll()):
-                heard.death(rank, how_it_ended(process.exit_code))
+                heard.death(rank, process.death())
+        if not ready and not heard.trouble and stuck():
+            break
         if look is not None and not heard.trouble:
             if ready:
                 deadline = time.monotonic() + timeout_s

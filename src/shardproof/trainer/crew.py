@@ -6,7 +6,6 @@ import gc
 import pickle
 import re
 import sys
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from shardproof.errors import CheckpointError, RankLost, UsageError
 from shardproof.ranks import Place, Ranks, noise, start
 from shardproof.ranks.failure import lost_peer
 from shardproof.ranks.here import Here
+from shardproof.ranks.scratch import scratch_folder
 from shardproof.spec.experiment import Experiment
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.training import Training
@@ -177,8 +177,8 @@ class Forked(Crew):
 
     def call_for_tensors(self, method: str, *args: Any) -> Any:
         """Tensors come back in a file: in a pipe they would be shared memory, which ends with its rank."""
-        with tempfile.TemporaryDirectory(prefix="shardproof-") as folder:
-            path = Path(folder, "result.pt")
+        with scratch_folder() as folder:
+            path = folder / "result.pt"
             self.call("to_file", path, method, *args)
             return torch.load(path, weights_only=True)
 
