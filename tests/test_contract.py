@@ -1325,8 +1325,16 @@ def test_what_needs_no_tensors_loads_no_torch(statement: str, tmp_path: Path) ->
 def test_every_public_name_can_be_looked_up() -> None:
     """Public names: what `__all__` lists is there, and nothing else is made up."""
     assert [name for name in sp.__all__ if not hasattr(sp, name)] == []
+
     with pytest.raises(AttributeError, match="chekc"):
         _ = sp.chekc
+
+
+@pytest.mark.parametrize("room", ["record.watch", "diff"])
+def test_a_public_name_is_no_module_whatever_was_imported(room: str) -> None:
+    name = room.partition(".")[0]
+    code = f"import shardproof.{room}, shardproof as sp; assert callable(sp.{name}), sp.{name}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_parameter_may_be_a_dtensor_or_not_as_the_user_likes() -> None:
