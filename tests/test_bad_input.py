@@ -563,7 +563,7 @@ def names_of(errors: Sequence[type[Exception]]) -> list[str]:
 
 def test_every_error_is_a_usage_error_with_exit_code_2_or_a_rank_error_with_3() -> None:
     usage = [sp.ExperimentError, sp.PatternError, sp.StrategyError]
-    ranks = [sp.RankFailed, sp.RankDied, sp.RankHung, sp.RankLost]
+    ranks = [sp.RankFailed, sp.RankDied, sp.RankHung, sp.RankMismatch, sp.RankLost]
     assert names_of([e for e in usage if not (issubclass(e, sp.UsageError) and e.exit_code == 2)]) == []
     assert names_of([e for e in ranks if not (issubclass(e, sp.RankError) and e.exit_code == 3)]) == []
     assert issubclass(sp.ParityError, AssertionError)

@@ -34,7 +34,7 @@ class Done:
 
 
 def run(command: str, folder: Path) -> Done:
-    """Run one shell line in `folder`: `shardproof`, `python FILE` or `torchrun --nproc-per-node N`."""
+    """Run one shell line in `folder`: `shardproof`, `pytest`, `python FILE` or `torchrun --nproc-per-node N`."""
     words = shlex.split(command, comments=True)
     environment: dict[str, str] = {}
     while "=" in words[0]:
@@ -77,7 +77,9 @@ def _ended(processes, folder: Path) -> Done:  # type: ignore[no-untyped-def]
             process.kill()
             process.join()
     texts = [[(folder / f".{rank}.{name}").read_text() for rank in range(len(codes))] for name in ("out", "err")]
-    return Done(code=None if None in codes else max(codes, key=abs), output="".join(texts[0]), errors="".join(texts[1]))
+    # Of what lies in its folder a page shows the name alone.
+    output, errors = ("".join(text).replace(f"{folder}/", "") for text in texts)
+    return Done(code=None if None in codes else max(codes, key=abs), output=output, errors=errors)
 
 
 def _work(words: list[str], folder: str, environment: dict[str, str], rank: int) -> None:
@@ -86,7 +88,8 @@ def _work(words: list[str], folder: str, environment: dict[str, str], rank: int)
         file = os.open(f".{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
-    os.environ.pop("PYTEST_CURRENT_TEST", None)
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[name]  # what the tests around this one were told
     os.environ.update(environment)
     sys.path.insert(0, folder)
     program, *arguments = words
@@ -94,7 +97,7 @@ def _work(words: list[str], folder: str, environment: dict[str, str], rank: int)
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
         return
-    module, arguments = ("shardproof", arguments) if program == "shardproof" else (arguments[1], arguments[2:])
+    module, arguments = (arguments[1], arguments[2:]) if program == "python" else (program, arguments)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -32,7 +32,7 @@ def read_json(text: str) -> object:
 READ = {"json": read_json, "yaml": lambda text: list(yaml.safe_load_all(text)), "toml": tomllib.loads}
 """Languages of settings and data -> what reads them: a block must be well formed."""
 
-PROGRAMS = ("shardproof", "python", "torchrun", "make")
+PROGRAMS = ("shardproof", "pytest", "python", "torchrun", "make")
 
 
 def runs(block: Block) -> bool:
@@ -69,7 +69,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 _DONE: dict[str, Done] = {}
-"""A command that uses no file of its page is run once for all pages."""
+"""A command that uses no file of its page, but an example, say, is run once for all pages."""
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(runs(block) for block in blocks(page))])
@@ -94,7 +94,8 @@ def test_what_a_page_shows_runs_and_prints_what_it_shows(
         elif block.language == "sh":
             for command, code in commands(block):
                 last = command == commands(block)[-1][0]
-                judge(block, command_of(command, tmp_path, shared=not own_files), code, shows=last)
+                shared = not own_files or " examples/" in command
+                judge(block, command_of(command, tmp_path, shared=shared), code, shows=last)
         else:
             READ[block.language](block.text)
 
@@ -116,12 +117,13 @@ def judge(block: Block, done: Done, code: int, *, shows: bool = True) -> None:
     assert done.code == code, f"{block}: exit code {done.code}\n{done.output}{done.errors}"
     if block.output is None or not shows or block.text.startswith("make"):
         return
-    got = normal(done.output)
+    printed = done.output or done.errors  # a command that cannot go on prints its error alone
+    got = normal(printed)
     at = 0
     for part in re.split(r"^\.\.\.$|\.\.\.$", block.output, flags=re.MULTILINE):
         want = normal(part)
         found = got.find(want, at)
-        assert found >= 0, f"{block} shows\n{part}\nand prints\n{done.output}"
+        assert found >= 0, f"{block} shows\n{part}\nand prints\n{printed}"
         at = found + len(want)
 
 

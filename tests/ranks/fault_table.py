@@ -27,8 +27,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             seen = run(fault, commands, Path(folder))
         left = ", ".join(seen.left) or "nothing"
-        first = _first_words(seen.said)
-        print(f"| {fault.name} | {fault.way} | {first} | {seen.exit_code} | {seen.seconds:.1f} | {left} |", flush=True)
+        first = "(ended by the signal)" if fault.sent else _first_words(seen.said)
+        took = f"{max(0, seen.seconds):.1f}"
+        print(f"| {fault.name} | {fault.way} | {first} | {seen.exit_code} | {took} | {left} |", flush=True)
     commands.close()
 
 
