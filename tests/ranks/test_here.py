@@ -58,11 +58,12 @@ class UnderALauncher:
             dist.all_reduce(torch.ones(1), group=group)
             if place.rank == 1:
                 time.sleep(2.5)
+                # Who counts collectives would say that this rank owes one, which here is the point.
+                place.tallies()
                 return True
             try:
                 dist.all_reduce(torch.ones(1), group=group)
             except RuntimeError as error:
-                # Who counts collectives would say that rank 1 owes one, which here is the point.
                 place.tallies()
                 return lost_peer(error)
         raise ValueError("nobody was missed")

@@ -30,6 +30,7 @@ from shardproof.ranks.wire import Wire, store
 
 _POLL_S = 0.02
 _STACKS_S = 3.0
+_LOST_S = 0.5
 """How long stuck ranks may take to say where they are."""
 _BYE_S = 5.0
 """How long a leader that hosts the store keeps it open for those who have not read their last message."""
@@ -113,7 +114,8 @@ class JoinedRanks(Ranks):
         self, own: OwnPart, guilty: int, error: RankError | UsageError | InvariantError, heard: Heard, during: str
     ) -> RankError | UsageError | InvariantError:
         """A rank has lost a peer: the one that does not even say where it is, or the mismatch that came before."""
-        _, journals = self._stacks(own, set(range(self.size)))
+        # The launcher that has lost a host, too, may end this process at any moment.
+        _, journals = self._stacks(own, set(range(self.size)), wait_s=_LOST_S)
         error = explained(error, journals, during=during, sizes=True)
         gone = [rank for rank in sorted(heard.silent) if rank not in journals]
         if isinstance(error, RankMismatch) or not gone:
@@ -149,12 +151,14 @@ class JoinedRanks(Ranks):
             spoken = True
         return spoken
 
-    def _stacks(self, own: OwnPart, asked: set[int]) -> tuple[dict[int, str], dict[int, list[Call]]]:
+    def _stacks(
+        self, own: OwnPart, asked: set[int], wait_s: float = _STACKS_S
+    ) -> tuple[dict[int, str], dict[int, list[Call]]]:
         """Where the ranks are, and what each of those that still answer has called."""
         self._wire.send(STACKS, b"please")
         stacks = {0: own.stack()} if 0 in asked else {}
         journals = {0: self._journal.calls()} if 0 in asked else {}
-        deadline = time.monotonic() + _STACKS_S
+        deadline = time.monotonic() + wait_s
         while len(stacks) < len(asked) and time.monotonic() < deadline:
             for rank in asked - set(stacks):
                 told = self._wire.receive(stack_key(rank))
