@@ -98,6 +98,21 @@ def test_no_graph_outlives_its_step(tmp_path: Path) -> None:
         gc.enable()
 
 
+def test_a_recording_that_is_over_keeps_neither_model_nor_optimizer_alive(tmp_path: Path) -> None:
+    model, optimizer = built(Model)
+    gc.disable()
+    try:
+        with sp.record(tmp_path, model, optimizer, steps=range(1)) as rec:
+            train(model, optimizer, steps=2)
+            # The last step to record is over, the `with` is not.
+            left = (weakref.ref(model), weakref.ref(optimizer))
+            del model, optimizer
+            assert [ref() for ref in left] == [None, None]
+        assert rec.step == 1
+    finally:
+        gc.enable()
+
+
 def hooks_on(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 

@@ -208,6 +208,7 @@ class Watch:
         if self._closed:
             return
         unfinished = self._observer is not None and self._observer.begun
+        unseen = "" if kind is not None or self._recorded else self._nothing_seen()
         try:
             if unfinished:
                 self._out.event("unfinished", step=self.step)
@@ -215,8 +216,8 @@ class Watch:
                 self._out.event("aborted", step=self.step, exception=kind.__name__, message=str(error))
         finally:
             self._close()
-        if kind is None and not self._recorded:
-            warnings.warn(self._nothing_seen(), stacklevel=2)
+        if unseen:
+            warnings.warn(unseen, stacklevel=2)
 
     def _nothing_seen(self) -> str:
         start = f"record: nothing was recorded in {self.directory}; "
@@ -393,6 +394,9 @@ class Watch:
         self._disarm()
         self._unhook_steps()
         self._leave_model()
+        # Who keeps the recording keeps neither: a DDP that outlives its process group may not let the process end.
+        self._model, self._round = None, Round()
+        self._ours.clear()
         self._out.close()
 
 
