@@ -1,51 +1,33 @@
-"""The table of faults: what breaks, how it was started, what is to be said; and how one of them is tried."""
+"""One fault of the table is tried: what is said, when the command ends, and what is left."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from fault_rows import FAULTY, HANG_S, LOOP, Fault
 from warm_commands import Commands
 
-FAULTY = Path(__file__).with_name("faulty.py")
-_LINES = FAULTY.read_text().splitlines()
 _GONE_WITHIN_S = 5.0
 """A hang guard for what ends together with the command."""
-HANG_S = 5
-"""The time limit of commands that hang; more than any call takes that does not."""
+_TESTS = """
+import os, pathlib, time
+import pytest
 
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """One line of the table."""
-
-    name: str
-    way: str = "check"
-    """The command."""
-    exit_code: int = 3
-    says: tuple[str, ...] = ()
-    never: tuple[str, ...] = ()
-    line: bool = True
-    """Whether the message names the line of faulty.py that is marked with the fault's name."""
-    sent: tuple[signal.Signals, ...] = ()
-    """Sent to the command itself, once its ranks work, two seconds apart."""
-    extra: tuple[str, ...] = ()
-    """More options."""
-    keeps: int = 0
-    """Checkpoints that have to be there afterwards, whole."""
-    room: int | None = None
-    """Bytes that fit into one file."""
-    rare: bool = False
-    """Tried only if asked for."""
-
-    @property
-    def lineno(self) -> int:
-        """Of the line that breaks."""
-        return next(number for number, text in enumerate(_LINES, 1) if text.endswith(f"# <- {self.name}"))
+@pytest.mark.ranks(2)
+def test_endless():
+    pathlib.Path(os.environ["FAULT_BEGAN"]).write_text(repr(time.time()))
+    time.sleep(1000)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,99 +42,70 @@ class Seen:
     """Processes, shared memory and temporary files that are still there."""
     kept: int
     """Whole checkpoints."""
-
-
-_DIED = "rank 1 died in ddp"
-_FAILED = "rank 1 failed in ddp at "
-_HUNG = (f"no answer in ddp within {HANG_S} s: rank 1 is at ", "ranks 0, 2 wait for rank 1 in call ")
-_NO_ROOM = ("/dev/full: cannot be written: No space left",)
-_OTHER = "rank 1 called another collective in ddp than ranks 0, 2"
-
-FAULTS = (
-    Fault(name="killed", says=(f"{_DIED}: killed by signal 9 (SIGKILL)", "it was last seen at ")),
-    Fault(name="out of memory", says=(_FAILED, "MemoryError")),
-    Fault(name="torch out of memory", says=(_FAILED, "can't allocate memory"), rare=True),
-    Fault(name="raises", says=(_FAILED, "ValueError: 3 is not 4")),
-    Fault(name="raises what does not pickle", says=(_FAILED, "NotPortable: 3 is not 4")),
-    Fault(name="raises at length", says=(_FAILED, "ValueError: 3 is not 4", "characters left out")),
-    Fault(name="raises in a hook", says=(_FAILED, "ValueError: 3 is not 4")),
-    Fault(name="raises everywhere", says=("rank 0 failed in ddp at ", "ValueError: 3 is not 4"), rare=True),
-    Fault(name="exits 0", says=(_FAILED, "SystemExit: 0")),
-    Fault(name="exits 1", says=(_FAILED, "SystemExit: 1"), rare=True),
-    Fault(name="exits at once", says=(f"{_DIED} at ", "its process exited with code 0 in the middle of the call")),
-    Fault(name="crashes", says=(f"{_DIED} at ", "(SIGSEGV)")),
-    Fault(name="worker killed", says=("failed in ddp at ", "DataLoader worker")),
-    Fault(name="sleeps", says=_HUNG),
-    Fault(name="spins", says=(_HUNG[0],), line=False, rare=True),
-    Fault(name="waits for a lock", says=_HUNG, rare=True),
-    Fault(name="waits in native code", says=_HUNG, rare=True),
-    Fault(
-        name="stopped",
-        says=("rank 1 is stopped (by SIGSTOP", "it was last seen at ", "ranks 0, 2 wait for rank 1"),
-        line=False,
-    ),
-    Fault(name="floods", exit_code=0, says=("lines left out", "parity"), line=False),
-    Fault(name="floods one line", exit_code=0, says=("left out", "parity"), line=False, rare=True),
-    Fault(name="calls once more", says=(_OTHER, "rank 1: all_reduce SUM of float64 [3]")),
-    Fault(name="another collective", says=(_OTHER, "ranks 0, 2: all_reduce SUM", "rank 1: broadcast from rank 0")),
-    Fault(name="another shape", says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float64 [8]")),
-    Fault(name="another dtype", says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float32 [4]"), rare=True),
-    Fault(name="another order", says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float64 [2, 2]")),
-    Fault(name="another reduction", says=(_OTHER, "all_reduce SUM", "rank 1: all_reduce MAX")),
-    Fault(name="another source", says=(_OTHER, "rank 1: broadcast from rank 1"), rare=True),
-    Fault(name="another group", says=("called different collectives in ddp",)),
-    Fault(name="waits while it fails", says=(_OTHER, "rank 1: barrier", "while it handles ValueError: 3 is not 4")),
-    Fault(name="killed", way="train", says=("rank 1 died in fit: killed by signal 9",), keeps=1),
-    Fault(name="raises", way="train", says=("rank 1 failed in fit at ",), keeps=1),
-    Fault(name="sleeps", way="train", says=("no answer in fit", "rank 1 is at "), keeps=1),
-    Fault(
-        name="another collective", way="train", says=("rank 1 called another collective in fit",), keeps=1, rare=True
-    ),
-    Fault(name="Ctrl-C", exit_code=130, line=False, sent=(signal.SIGINT,)),
-    Fault(name="SIGTERM", exit_code=-15, line=False, sent=(signal.SIGTERM,)),
-    Fault(name="SIGHUP", exit_code=-1, line=False, sent=(signal.SIGHUP,), rare=True),
-    Fault(name="SIGKILL", exit_code=-9, line=False, sent=(signal.SIGKILL,)),
-    Fault(name="Ctrl-C", way="train", exit_code=130, line=False, sent=(signal.SIGINT,), keeps=1),
-    Fault(name="SIGTERM twice", way="train", exit_code=-15, line=False, sent=(signal.SIGTERM,) * 2, keeps=1, rare=True),
-    Fault(name="SIGKILL", way="train", exit_code=-9, line=False, sent=(signal.SIGKILL,), keeps=1, rare=True),
-    Fault(name="no room for the report", exit_code=2, says=_NO_ROOM, line=False, extra=("--json", "/dev/full")),
-    Fault(name="no room for traces", exit_code=2, says=("cannot be written", "TMPDIR"), line=False, room=3000),
-)
+    recording: Path
+    """What was recorded, where anything was."""
 
 
 def run(fault: Fault, commands: Commands, folder: Path) -> Seen:
     """Tries one fault in an empty `folder`."""
-    scratch, said, began, saved = (folder / name for name in ("scratch", "said", "began", "saved"))
+    scratch, said, began = (folder / name for name in ("scratch", "said", "began"))
     scratch.mkdir()
-    options = {
-        "check": ("--strategies", "ddp"),
-        "train": ("--strategy", "ddp", "--save-folder", str(saved)),
-    }[fault.way]
-    hangs = "--timeout", "60" if fault.sent or fault.exit_code == 0 else str(HANG_S)
-    env = {"FAULT": "sleeps" if fault.sent else fault.name, "FAULT_BEGAN": str(began)}
-    if fault.room is not None:
-        env["LARGEST_FILE"] = str(fault.room)
+    env = {"FAULT": "sleeps" if fault.sent else fault.does or fault.name, "FAULT_BEGAN": str(began), **dict(fault.env)}
     shared = set(os.listdir("/dev/shm"))
-    started = time.time()
-    pid = commands.start(
-        fault.way, str(FAULTY), "--ranks", "3", *options, *hangs, *fault.extra, scratch=scratch, said=said, env=env
-    )
-    if fault.sent:
-        until(began.exists, 60)
-        for number, signal_number in enumerate(fault.sent):
-            time.sleep(2.1 if number else 0.5)
-            os.kill(pid, signal_number)
-            if not number:
-                began.write_text(repr(time.time()))
-    ended = commands.wait()
-    until(lambda: not _left(pid, scratch, shared), _GONE_WITHIN_S)
+    with ExitStack() as stack:
+        small = folder / "small"
+        if fault.room is not None:
+            env |= stack.enter_context(_little_room(small, fault))
+        if fault.largest is not None:
+            env["LARGEST_FILE"] = str(fault.largest)
+        if fault.port_taken:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stack.enter_context(_taken_port()))}
+        saved = (small if fault.room else folder) / "saved"
+        program, arguments = _command(fault, folder, saved, small, env)
+        started = time.time()
+        pid = commands.start(program, *arguments, scratch=scratch, said=said, env=env)
+        if fault.sent:
+            _send(fault.sent, pid, began)
+        ended = commands.wait()
+        until(lambda: not _left(pid, scratch, shared), _GONE_WITHIN_S)
+        unfinished = [str(path) for path in small.glob(".*")] if fault.room else []
+        kept = len(list(saved.glob("step-*")))
+        if fault.room and fault.way == "record":
+            subprocess.run(["cp", "-r", saved, folder / "recording"], check=True)
     return Seen(
         exit_code=ended.exit_code,
         said=said.read_text(errors="replace"),
         seconds=ended.at - (float(began.read_text()) if began.exists() else started),
-        left=_left(pid, scratch, shared),
-        kept=len(list(saved.glob("step-*"))),
+        left=_left(pid, scratch, shared) + unfinished,
+        kept=kept,
+        recording=folder / "recording" if fault.room else saved,
     )
+
+
+def _command(fault: Fault, folder: Path, saved: Path, small: Path, env: dict[str, str]) -> tuple[str, list[str]]:
+    """A program of `warm_commands`, and its arguments."""
+    if fault.way == "record":
+        return "torchrun", ["2", str(LOOP), str(saved)]
+    if fault.way == "pytest":
+        tests = folder / "test_endless.py"
+        tests.write_text(_TESTS)
+        return "pytest", ["-p", "no:cacheprovider", f"--basetemp={folder / 'tmp'}", f"--rootdir={folder}", str(tests)]
+    if fault.way == "torchrun":
+        return "run", ["--nproc-per-node", "2", "--master-port", env.pop("MASTER_PORT"), str(LOOP), str(saved)]
+    hangs = "60" if fault.sent or fault.exit_code == 0 else str(HANG_S)
+    options = ["--strategies", "ddp"] if fault.way == "check" else ["--strategy", "ddp", "--save-folder", str(saved)]
+    extra = [option.replace("SMALL", str(small)) for option in fault.extra]
+    arguments = [fault.way, str(FAULTY), "--ranks", "3", *options, "--timeout", hangs, *extra]
+    return ("torchrun", ["3", "shardproof", *arguments]) if fault.torchrun else ("shardproof", arguments)
+
+
+def _send(signals: Sequence[signal.Signals], pid: int, began: Path) -> None:
+    until(began.exists, 60)
+    for number, signal_number in enumerate(signals):
+        time.sleep(2.1 if number else 0.5)
+        os.kill(pid, signal_number)
+        if not number:
+            began.write_text(repr(time.time()))
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:
@@ -162,8 +115,36 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
+@cache
+def mounts() -> bool:
+    """Whether a file system can be mounted here, tried where nobody else sees it: root may, mostly."""
+    tried = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
+    return sys.platform == "linux" and subprocess.run(tried, capture_output=True, check=False).returncode == 0
+
+
+@contextmanager
+def _little_room(folder: Path, fault: Fault) -> Iterator[dict[str, str]]:
+    folder.mkdir()
+    if not mounts():
+        yield {"LARGEST_FILE": str(fault.room_of_a_file)}
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={fault.room}", "tmpfs", folder], check=True)
+    try:
+        yield {}
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextmanager
+def _taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
 def _left(session: int, scratch: Path, shared: set[str]) -> list[str]:
-    files = [str(path) for path in scratch.iterdir()]
+    # Torchrun's logs, and a cache of torch.
+    theirs = ("torchelastic_", "torchinductor_")
+    files = [str(path) for path in scratch.iterdir() if not path.name.startswith(theirs)]
     return _processes(session, scratch) + files + [name for name in _shared_memory() if name not in shared]
 
 

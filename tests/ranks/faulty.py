@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset, get_worker_info
 
 import shardproof as sp
@@ -218,6 +220,30 @@ def break_now() -> None:
         _all[FAULT](guilty)
 
 
+def guilty(fault: str) -> bool:
+    """Whether this rank is to break before the first step, which begins now."""
+    found = fault == FAULT and os.environ.get("WORLD_SIZE") == "3" and os.environ["RANK"] == str(GUILTY)
+    if found:
+        begin()
+    return found
+
+
+if guilty("never joins"):
+    time.sleep(1000)
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh, parallelism: sp.Parallelism) -> nn.Module:
+    if guilty("never joins: parallelize"):
+        time.sleep(1000)  # <- never joins: parallelize
+    return DistributedDataParallel(model) if parallelism.dp > 1 else model
+
+
+def build() -> nn.Module:
+    if guilty("never joins: model"):
+        time.sleep(1000)  # <- never joins: model
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+
+
 class Samples(TensorDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         if FAULT == "worker killed" and get_worker_info() is not None:
@@ -227,6 +253,8 @@ class Samples(TensorDataset):
 
 
 def batches(data: Samples, mesh: object, parallelism: sp.Parallelism) -> Iterator[tuple[Tensor, ...]]:
+    if guilty("never joins: batches"):
+        time.sleep(1000)  # <- never joins: batches
     workers = 1 if parallelism.world_size > 1 else 0
     while True:
         yield from DataLoader(data, 12 // parallelism.dp, num_workers=workers)  # <- worker killed
@@ -249,12 +277,13 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 experiment = sp.Experiment(
-    model=lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)),
+    model=build,
     data=Samples(torch.linspace(-1, 1, 512).reshape(64, 8).sin(), torch.arange(64) % 4),
     loss=loss,
     optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
     batch_size=12,
     steps=3,
-    batches=batches if FAULT == "worker killed" else None,
+    batches=batches if FAULT in {"worker killed", "never joins: batches"} else None,
+    parallelize=parallelize if FAULT == "never joins: parallelize" else None,
 )
 training = sp.Training(max_duration="3ba", save_interval="1ba")

@@ -36,6 +36,11 @@ def call_key(rank: int, number: int) -> str:
     return f"call/{rank}/{number}"
 
 
+def here_key(rank: int) -> str:
+    """Where `rank` writes that it has come, before it serves."""
+    return f"here/{rank}"
+
+
 def stack_key(rank: int) -> str:
     """Where `rank` writes where it stands, and what it has called on its process groups."""
     return f"stack/{rank}"
@@ -43,6 +48,7 @@ def stack_key(rank: int) -> str:
 
 def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes], bytes], journal: Journal) -> None:
     """Serves calls until the leader is done. After an error it never returns: the process ends."""
+    wire.send(here_key(launch.rank), b"")
     main = threading.get_ident()
     done = threading.Event()
     watch = threading.Thread(

@@ -10,16 +10,17 @@ import time
 from collections import Counter
 from typing import Any, Self
 
-from shardproof.errors import InvariantError, RankDied, RankError, RankMismatch, StrategyError, UsageError
+from shardproof.errors import InvariantError, RankDied, RankError, RankHung, RankMismatch, StrategyError, UsageError
 from shardproof.ranks import noise
 from shardproof.ranks.answer import perform
 from shardproof.ranks.blame import cause
 from shardproof.ranks.explained import explained, hung, refuse_uneven
-from shardproof.ranks.follow import ANSWERS, BYE, STACKS, STOP, call_key, follow, stack_key
+from shardproof.ranks.follow import ANSWERS, BYE, STACKS, STOP, call_key, follow, here_key, stack_key
 from shardproof.ranks.heard import Heard
 from shardproof.ranks.interface import choose_interface
 from shardproof.ranks.journal import Call
 from shardproof.ranks.launch import Launch
+from shardproof.ranks.output import numbers
 from shardproof.ranks.overhear import own_journal
 from shardproof.ranks.own_part import OwnPart
 from shardproof.ranks.place import Place, Rendezvous
@@ -30,8 +31,9 @@ from shardproof.ranks.wire import Wire, store
 
 _POLL_S = 0.02
 _STACKS_S = 3.0
-_LOST_S = 0.5
 """How long stuck ranks may take to say where they are."""
+_LOST_S = 0.25
+"""The same where one has lost a peer: the launcher, which has lost it too, may end this process at any moment."""
 _BYE_S = 5.0
 """How long a leader that hosts the store keeps it open for those who have not read their last message."""
 _pools = itertools.count()
@@ -106,6 +108,10 @@ class JoinedRanks(Ranks):
             raise error from None
         if heard.silent:
             stacks, journals = self._stacks(own, heard.silent)
+            away = [rank for rank in sorted(heard.silent - {0}) if self._wire.look(here_key(rank)) is None]
+            if away:
+                stacks |= dict.fromkeys(away, "  unknown: its process has not come as far as shardproof")
+                raise RankHung(self._timeout_s, stacks, during=during, found=_never_came(away))
             raise hung(self._timeout_s, stacks, journals, during=during)
         refuse_uneven(heard.answers, lambda: self._stacks(own, set(ranks))[1], during=during)
         return {rank: heard.answers[rank].result for rank in ranks}
@@ -114,7 +120,6 @@ class JoinedRanks(Ranks):
         self, own: OwnPart, guilty: int, error: RankError | UsageError | InvariantError, heard: Heard, during: str
     ) -> RankError | UsageError | InvariantError:
         """A rank has lost a peer: the one that does not even say where it is, or the mismatch that came before."""
-        # The launcher that has lost a host, too, may end this process at any moment.
         _, journals = self._stacks(own, set(range(self.size)), wait_s=_LOST_S)
         error = explained(error, journals, during=during, sizes=True)
         gone = [rank for rank in sorted(heard.silent) if rank not in journals]
@@ -180,3 +185,11 @@ class JoinedRanks(Ranks):
         followers = self._launch.world_size - 1
         while time.monotonic() < deadline and self._wire.look(f"{BYE}/{followers}") is None and followers:
             time.sleep(_POLL_S)
+
+
+def _never_came(ranks: list[int]) -> str:
+    few = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {numbers(ranks)} have"
+    return (
+        f"{few} not come: the launcher started a process that ended, or still works, before shardproof was called in "
+        "it, as in an import, or in a branch for some ranks only"
+    )

@@ -6,6 +6,7 @@ import functools
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from shardproof.errors import UsageError
 from shardproof.ranks.launch import Launch
 from shardproof.ranks.place import FOREVER
 
@@ -47,7 +48,7 @@ class Wire:
 
 
 def store(launch: Launch, prefix: str) -> Store:
-    """The launch's store under `prefix`."""
+    """The launch's store under `prefix`. Raises `UsageError` where rank 0 has to hold it and its port is in use."""
     from torch._C._distributed_c10d import PrefixStore, TCPStore  # noqa: PLC0415  (the room must be importable without torch)
 
     if launch.rank == 0 and not launch.agent_store:
@@ -60,7 +61,16 @@ def store(launch: Launch, prefix: str) -> Store:
 @functools.cache  # once a process, and for as long as it lives: the ranks of the next `start` come here as well
 def _host(launch: Launch) -> TCPStore:
     from torch._C._distributed_c10d import TCPStore  # noqa: PLC0415  (the room must be importable without torch)
+    from torch.distributed import DistNetworkError  # noqa: PLC0415  (likewise)
 
-    return TCPStore(
-        launch.host, launch.port, is_master=True, timeout=_CONNECT, wait_for_workers=False, multi_tenant=True
-    )
+    try:
+        return TCPStore(
+            launch.host, launch.port, is_master=True, timeout=_CONNECT, wait_for_workers=False, multi_tenant=True
+        )
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UsageError(
+            f"MASTER_PORT={launch.port} is in use on this machine, so that rank 0 cannot listen there; end the other "
+            "program, as a run that was left behind, or give all processes another port"
+        ) from error

@@ -71,9 +71,18 @@ def summary(recording: Recording) -> Iterator[Text]:
     yield from _table(
         ["stage", "records", *DEPTHS, "nothing", "bytes"], _by_stage(traces), right=frozenset(range(1, 7))
     )
-    if recording.problems:
+    problems = (*recording.problems, *_left_by_an_exception(recording))
+    if problems:
         yield from heading("problems", style="bold yellow")
-        yield from (Text(f"{INDENT}- {printable(problem)}") for problem in recording.problems)
+        yield from (Text(f"{INDENT}- {printable(problem)}") for problem in problems)
+
+
+def _left_by_an_exception(recording: Recording) -> Iterator[str]:
+    for rank, trace in recording.ranks.items():
+        for event in trace.events:
+            if event.get("event") == "aborted":
+                why = f"{event.get('exception')}: {event.get('message')}"[:LONGEST_FACT]
+                yield f"rank {rank}: an exception left the loop in step {event.get('step')}: {why}"
 
 
 def records(recording: Recording, chosen: Chosen, *, stats: bool) -> Iterator[Text]:
@@ -100,9 +109,10 @@ def records(recording: Recording, chosen: Chosen, *, stats: bool) -> Iterator[Te
     if not rows:
         raise _nothing(recording, chosen)
     yield from _table(heads, rows, right=frozenset(numbers))
-    if recording.problems:
+    problems = (*recording.problems, *_left_by_an_exception(recording))
+    if problems:
         yield from heading("problems", style="bold yellow")
-        yield from (Text(f"{INDENT}- {printable(problem)}") for problem in recording.problems)
+        yield from (Text(f"{INDENT}- {printable(problem)}") for problem in problems)
 
 
 def _table(heads: list[str], rows: Iterable[list[str]], right: frozenset[int]) -> Iterator[Text]:
