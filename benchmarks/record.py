@@ -376,8 +376,7 @@ def _simulate(path: Path, size: int, *, moved: bool, wrong: bool) -> int:
                 # Of a chunk that is left over some ranks have nothing.
                 made = torch.zeros(16, 16)
             # The numbers are made up: a run of this size would have made them from its own tensors.
-            module.sketch = lambda *_, made=made: made
-            module.stats_of = lambda local, size=made: _statistics(local, size)
+            module.sketch_and_stats = lambda local, *_, made=made: (made, _statistics(local, made))
             record = Record(step=0, stage=stage, name=name, part=part, piece=piece)
             one.write(record, torch.zeros(()).expand(local), depth="sketch", samples=None if state else samples[rank])
             records += 1

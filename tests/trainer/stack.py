@@ -71,17 +71,23 @@ def experiment(**fields: Any) -> sp.Experiment:
     return sp.Experiment(**(about | fields))
 
 
+def laid_out(strategy: str) -> sp.Parallelism:
+    """A strategy on all ranks, or on as many as stand behind an @: what gloo sums over two has one order only."""
+    name, _, ranks = strategy.partition("@")
+    return parse(name, int(ranks or RANKS))
+
+
 def loop(place: Place, about: sp.Experiment, strategy: str, **training: Any) -> Loop:
     """Call it inside `world(place, strategy)`."""
     fields: dict[str, Any] = {"max_duration": "4ba", "precision": "fp64", "progress_bar": False}
-    return Loop(about, parse(strategy, RANKS), sp.Training(**(fields | training)), place)
+    return Loop(about, laid_out(strategy), sp.Training(**(fields | training)), place)
 
 
 def world(place: Place, strategy: str) -> Any:
     """The ranks that a strategy takes; a rank that is not among them must not be asked."""
-    return place.world(strategy, parse(strategy, RANKS).world_size)
+    return place.world(strategy, laid_out(strategy).world_size)
 
 
 def among(strategy: str) -> range:
     """The ranks to ask."""
-    return range(parse(strategy, RANKS).world_size)
+    return range(laid_out(strategy).world_size)

@@ -154,7 +154,7 @@ def plainly(ranks: Ranks, strategy: str) -> Any:
 
 @pytest.mark.parametrize(
     ("strategy", "patterns"),
-    [("ddp", True), ("fsdp", True), ("tp_fsdp", True), ("fsdp1", True), ("tp_fsdp", ("blocks.*.up", "head"))],
+    [("ddp", True), ("fsdp@2", True), ("tp_fsdp", True), ("fsdp1@2", True), ("tp_fsdp", ("blocks.*.up", "head"))],
 )
 def test_activations_computed_again_change_no_bit(ranks: Ranks, strategy: str, patterns: Any) -> None:
     """With dropout, which must draw the same again."""
@@ -188,7 +188,7 @@ def test_modules_that_are_not_there_cannot_be_checkpointed(
     assert ranks.call("refused", patterns, units, ranks=[0])[0].startswith(says)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "tp_fsdp", "fsdp1"])
+@pytest.mark.parametrize("strategy", ["ddp", "tp_fsdp", "fsdp1@2"])
 @pytest.mark.parametrize("again", [False, True])
 def test_compiled_units_keep_their_names_and_compute_the_same(ranks: Ranks, strategy: str, again: bool) -> None:
     names = list(Stack().state_dict())
@@ -204,7 +204,7 @@ def test_compiled_units_keep_their_names_and_compute_the_same(ranks: Ranks, stra
         assert seen == names
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tp_fsdp", "fsdp1"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp@2", "tp_fsdp", "fsdp1@2"])
 def test_a_model_built_without_storage_trains_bit_by_bit_as_any_other(ranks: Ranks, strategy: str) -> None:
     alone = plainly(ranks, strategy)
     deferred = ranks.call("train", strategy, {"init_device": "meta"}, ranks=among(strategy))
