@@ -59,7 +59,9 @@ def work(rank, port, number):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=4)
     body(number)
-    dist.destroy_process_group()
+    # Without the interpreter's own end, in which gloo aborts one launch in six on a busy machine ("terminate called
+    # without an active exception"); it is no part of what is compared, and leaving it out favours the launches.
+    os._exit(0)
 
 
 @pytest.mark.parametrize("number", range({tests}))
