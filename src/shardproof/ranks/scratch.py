@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -22,10 +23,23 @@ the folder is removed once more."""
 def scratch_folder() -> Iterator[Path]:
     """An empty folder for this process and those that it forks, removed in the end with all that is in it.
 
-    A shell waits to do so where this process cannot: it takes 1 MB and no time.
+    A shell waits to do so where this process cannot: it takes 1 MB and no time. Python's multiprocessing keeps its
+    sockets there too, those of a rank's data loaders: a rank that is ended has no time to remove them.
     """
-    with tempfile.TemporaryDirectory(prefix="shardproof-") as name, _swept(name):
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as name, _swept(name), _home_of_sockets(name):
         yield Path(name)
+
+
+@contextmanager
+def _home_of_sockets(folder: str) -> Iterator[None]:
+    # Processes take it over from who starts them. Python has no public way to say so (`multiprocessing.util`).
+    config = vars(multiprocessing.current_process()).get("_config", {})
+    before = config.get("tempdir")
+    config["tempdir"] = folder
+    try:
+        yield
+    finally:
+        config["tempdir"] = before
 
 
 @contextmanager
