@@ -103,7 +103,8 @@ class JoinedRanks(Ranks):
         found = cause(heard.answers, heard.deaths, during=during)
         if found is not None:
             guilty, error = found
-            if guilty in heard.answers and heard.answers[guilty].echo:
+            # A live call is long, and its launcher soon ends everybody: there is no time to ask.
+            if not live and guilty in heard.answers and heard.answers[guilty].echo:
                 error = self._whom_it_lost(own, guilty, error, heard, during)
             raise error from None
         if heard.silent:
