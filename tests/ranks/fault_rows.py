@@ -71,7 +71,7 @@ _NO_ROOM = ("/dev/full: cannot be written: No space left",)
 _OTHER = "rank 1 called another collective in ddp than ranks 0, 2"
 
 FAULTS = (
-    Fault(name="killed", says=(f"{_DIED}: killed by signal 9 (SIGKILL)", "it was last seen at ")),
+    Fault(name="killed", says=(f"{_DIED}: killed by signal 9 (SIGKILL)",), line=False),
     Fault(name="out of memory", says=(_FAILED, "MemoryError")),
     Fault(name="torch out of memory", says=(_FAILED, "can't allocate memory"), rare=True),
     Fault(name="raises", says=(_FAILED, "ValueError: 3 is not 4")),
@@ -90,7 +90,7 @@ FAULTS = (
     Fault(name="waits in native code", says=_HUNG, rare=True),
     Fault(
         name="stopped",
-        says=("rank 1 is stopped (by SIGSTOP", "it was last seen at ", "ranks 0, 2 wait for rank 1"),
+        says=("rank 1 is stopped (by SIGSTOP", "ranks 0, 2 wait for rank 1"),
         line=False,
         rare=True,
     ),
@@ -109,7 +109,7 @@ FAULTS = (
         rare=True,
         says=(_OTHER, "rank 1: barrier", "while it handles ValueError: 3 is not 4"),
     ),
-    Fault(name="killed", way="train", says=("rank 1 died in fit: killed by signal 9",), keeps=1, rare=True),
+    Fault(name="killed", way="train", says=("rank 1 died in fit: killed by signal 9",), line=False, keeps=1, rare=True),
     Fault(name="raises", way="train", says=("rank 1 failed in fit at ",), keeps=1),
     Fault(name="sleeps", way="train", says=("no answer in fit", "rank 1 is at "), keeps=1, rare=True),
     Fault(

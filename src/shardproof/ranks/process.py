@@ -90,13 +90,15 @@ class Process:
         if (spot := user_line(stack)) is not None:
             return Death(how, at=told_spot(spot), stack=stack)
         seen = self.journal.seen()
-        return Death(how if seen is None else f"{how}; it was last seen at {told_spot(seen)}", stack=stack)
+        return Death(
+            how if seen is None else f"{how}; your code last called a collective at {told_spot(seen)}", stack=stack
+        )
 
     def where(self, deadline: float) -> str:
         """The stack of a rank that `stack.ask` was called for."""
         if process_state(self.pid) == "T":
             seen = self.journal.seen()
-            last = "" if seen is None else f"; it was last seen at {told_spot(seen)}"
+            last = "" if seen is None else f"; your code last called a collective at {told_spot(seen)}"
             return f"  stopped (by SIGSTOP or a debugger: SIGCONT lets it go on){last}"
         return self.stack.read(deadline)
 

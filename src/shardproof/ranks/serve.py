@@ -17,7 +17,6 @@ from shardproof.ranks.loopback import loopback
 from shardproof.ranks.output import Caught, flush
 from shardproof.ranks.overhear import overhear
 from shardproof.ranks.place import Place
-from shardproof.ranks.sight import keep_in_sight
 from shardproof.ranks.stacks import Stack
 from shardproof.ranks.told import Voice
 
@@ -30,7 +29,6 @@ def live(target: object, place: Place, connection: Connection, output: Caught, s
     voice = Voice(place.rank, connection)
     place = dataclasses.replace(place, _tell=voice.tell, _journal=journal)
     overhear(journal)
-    keep_in_sight(journal)
     while True:
         try:
             message = voice.hear()
