@@ -87,13 +87,7 @@ def _read_recording(folder: Path) -> None:
 
 def trace_index(content: bytes) -> None:
     """The index of a recording."""
-    path = recording() / INDEX
-    before = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        _read_recording(recording())
-    finally:
-        path.write_bytes(before)
+    _with_file(INDEX, content)
 
 
 def trace_line(content: bytes) -> None:
@@ -104,7 +98,11 @@ def trace_line(content: bytes) -> None:
 
 def trace_data(content: bytes) -> None:
     """The data of a recording, whose index is right."""
-    path = recording() / DATA
+    _with_file(DATA, content)
+
+
+def _with_file(name: str, content: bytes) -> None:
+    path = recording() / name
     before = path.read_bytes()
     path.write_bytes(content)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -29,10 +30,13 @@ ZERO_HIDES = frozenset({"gradient", "grad-norm", "optimizer-state", "update"})
 def looks(keys: Iterable[Key], observed: Observed, reference: Reference) -> dict[Key, list[Look]]:
     """How far apart the pieces of some keys are, where each has its known place, rank by rank.
 
-    The reference is told how large its tensors are. Floors rest on that, also on that of other tensors, so that all of
-    a stage are looked at before the first floor is asked for: recordings are gigabytes, and are read but once.
+    Only for a reference that learns from it how large its tensors are: floors that are estimated rest on that, also on
+    that of other tensors, so that all of a stage are looked at before the first floor is asked for. Recordings are
+    gigabytes, and are read but once.
     """
-    found = {}
+    found: dict[Key, list[Look]] = {}
+    if reference.learn is None:
+        return found
     for key in keys:
         held, wholes = list(observed.held(key)), reference.tensors(key)
         if len(wholes) != 1 or not held:
@@ -57,15 +61,16 @@ def compare(key: Key, observed: Observed, reference: Reference, known: Sequence[
     want = wholes[0] if wholes else None
     if want is None:
         return _nothing_expected(base, held, shape)
+    pairs = _placed(held, want, observed) if len(wholes) == 1 else []
+    # One pass tells how far apart the pieces are, and how large the trusted tensor is, on which its floor rests.
+    seen = known or [look(pair.got, pair.want) for pair in pairs]
+    unseen = partial(reference.size, key) if len(wholes) == 1 else scale
+    size = max(one.size for one in seen) if seen else unseen(want)
     # Copies of the same initial values owe the same bits.
-    size = max((one.size for one in known), default=None)
-    if size is None:
-        size = reference.size(key, want) if len(wholes) == 1 else scale(want)
     floor = 0.0 if stage == "initial-state" else max(reference.floor(key), ulp(want, size))
     base = replace(base, shape=tuple(want.shape), floor=floor)
-    if known:
-        outcome = judge(_placed(held, want, observed), floor, known)
-        return _judged(base, (outcome, _described(held, observed), ""), want, size, observed)
+    if seen:
+        return _judged(base, (judge(pairs, floor, seen), _described(held, observed), ""), want, size, observed)
     inner = inner_pieces(held, tuple(want.shape), observed)
     if inner is not None:
         return _judged(base, _judge_nested(held, inner, want, floor, observed), want, size, observed)

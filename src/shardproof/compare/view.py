@@ -42,8 +42,9 @@ class Reference:
     sizes: Callable[[Key], float | None] = lambda _key: None
     """The largest element of a key's tensors, where it is known already: tensors may be gigabytes."""
 
-    learn: Callable[[Key, Tensor, float], None] = lambda _key, _whole, _size: None
-    """Told of a key that has one tensor, of that, and of its largest element: who estimates floors asks for them."""
+    learn: Callable[[Key, Tensor, float], None] | None = None
+    """To be told of a key that has one tensor, of that, and of its largest element, by who estimates floors from them;
+    None where floors are known."""
 
     def size(self, key: Key, whole: Tensor) -> float:
         """max|x| of the only tensor of a key, over its finite elements."""
