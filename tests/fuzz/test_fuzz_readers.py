@@ -24,6 +24,8 @@ FUZZ = settings(max_examples=5000 if FULL else 60, deadline=None, derandomize=no
 
 MEMORY_BYTES = 256 * 2**20
 """More than the process has. The inputs here have kilobytes."""
+SECONDS = 10
+"""For one input. Each takes milliseconds."""
 
 PARTS = st.sampled_from(
     [
@@ -65,10 +67,11 @@ def test_changed_bytes_are_read_or_refused(name: str) -> None:
     @FUZZ
     @given(changed(seeds()))
     def fuzz(content: bytes) -> None:
-        read(content)
+        # Around each input alone: hypothesis keeps those that it has made.
+        with bounded(MEMORY_BYTES, seconds=SECONDS):
+            read(content)
 
-    with bounded(MEMORY_BYTES, seconds=600 if FULL else 60):
-        fuzz()
+    fuzz()
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
@@ -78,10 +81,11 @@ def test_any_bytes_are_read_or_refused(name: str) -> None:
     @FUZZ
     @given(st.lists(PARTS | st.binary(max_size=8), max_size=12).map(b"".join))
     def fuzz(content: bytes) -> None:
-        read(content)
+        # Around each input alone: hypothesis keeps those that it has made.
+        with bounded(MEMORY_BYTES, seconds=SECONDS):
+            read(content)
 
-    with bounded(MEMORY_BYTES, seconds=600 if FULL else 60):
-        fuzz()
+    fuzz()
 
 
 class Bomb:
@@ -112,7 +116,7 @@ def test_files_without_end_are_refused_in_little_memory(tmp_path: Path) -> None:
     for content, said in ((header, "longer than 67108864 bytes"), (b"", "its header is not whole")):
         (folder / targets.INDEX).write_bytes(content)
         os.truncate(folder / targets.INDEX, SPARSE)
-        with bounded(MEMORY_BYTES, seconds=60):
+        with bounded(MEMORY_BYTES, seconds=SECONDS):
             try:
                 problems = open_recording(folder).problems
             except TraceError as error:
@@ -125,7 +129,7 @@ def test_a_data_file_without_end_is_no_reason_to_read_it(tmp_path: Path) -> None
     path = targets.recording() / targets.DATA
     os.truncate(path, SPARSE)
     try:
-        with bounded(MEMORY_BYTES, seconds=60):
+        with bounded(MEMORY_BYTES, seconds=SECONDS):
             trace = open_recording(targets.recording()).ranks[0]
             # In so little memory it cannot even be mapped.
             with pytest.raises(TraceError, match="cannot be mapped"):

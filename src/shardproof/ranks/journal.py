@@ -70,7 +70,7 @@ class Journal:
     """Written by one rank, read by its parent. Memory without a name: it ends with the processes."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _HEAD_BYTES + (SLOTS + 1) * _SLOT_BYTES)
+        self._memory = mmap.mmap(-1, _HEAD_BYTES + SLOTS * _SLOT_BYTES)
         self._world = ""
         self._tallies: dict[str, Tally] = {}
         self._called: set[str] = set()
@@ -107,8 +107,6 @@ class Journal:
                     )
                 )
             )
-            if at is not None:
-                self.see(at)
 
     def tallies(self) -> dict[str, Tally]:
         """Run by the rank at the end of a call: all that was ever called on the groups that were used in it."""
@@ -118,18 +116,6 @@ class Journal:
             # Worlds that have ended are done with.
             self._tallies = {key: of for key, of in self._tallies.items() if key.startswith(f"{self._world}/")}
         return told
-
-    def see(self, at: Spot) -> None:
-        """Run by the rank now and then: where it stands."""
-        self._write(SLOTS, _SEPARATOR.join(_written(at)))
-
-    def seen(self) -> Spot | None:
-        """Run by the parent: where the rank was seen last."""
-        return _read(self._text(SLOTS).split(_SEPARATOR))
-
-    def lose_sight(self) -> None:
-        """Run by the parent before a call: where the rank stood in an earlier one says nothing of this one."""
-        self._write(SLOTS, "")
 
     def count(self) -> int:
         """Run by the parent: how many calls there were."""

@@ -31,6 +31,7 @@ class Process:
         self.output = Caught()
         self.stack = Stack()
         self.journal = Journal()
+        self._calls_before = 0
         self._oom_kills = oom.kills()
         self._exit_code: int | None = None
         self._reaped = False
@@ -62,7 +63,7 @@ class Process:
 
     def send(self, message: bytes) -> None:
         """Hands the rank a call. A rank that is gone does not raise here: that shows while its answer is awaited."""
-        self.journal.lose_sight()
+        self._calls_before = self.journal.count()
         with contextlib.suppress(OSError):
             self.connection.send_bytes(message)
 
@@ -89,18 +90,19 @@ class Process:
         stack = self.stack.left()
         if (spot := user_line(stack)) is not None:
             return Death(how, at=told_spot(spot), stack=stack)
-        seen = self.journal.seen()
-        return Death(
-            how if seen is None else f"{how}; your code last called a collective at {told_spot(seen)}", stack=stack
-        )
+        return Death(how + self._last_called(), stack=stack)
 
     def where(self, deadline: float) -> str:
         """The stack of a rank that `stack.ask` was called for."""
         if process_state(self.pid) == "T":
-            seen = self.journal.seen()
-            last = "" if seen is None else f"; your code last called a collective at {told_spot(seen)}"
-            return f"  stopped (by SIGSTOP or a debugger: SIGCONT lets it go on){last}"
+            return f"  stopped (by SIGSTOP or a debugger: SIGCONT lets it go on){self._last_called()}"
         return self.stack.read(deadline)
+
+    def _last_called(self) -> str:
+        """Ends a sentence: the user's line that called the last collective since `send`, or nothing."""
+        calls = self.journal.calls(self._calls_before)
+        spot = next((call.spot for call in reversed(calls) if call.spot is not None), None)
+        return "" if spot is None else f"; your code last called a collective at {told_spot(spot)}"
 
     @property
     def exit_code(self) -> int | None:
