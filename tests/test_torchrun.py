@@ -22,8 +22,6 @@ def under_torchrun(target: str, report: Path, scratch: Path) -> subprocess.Compl
                 "shardproof",
                 "check",
                 target,
-                "--ranks",
-                "4",
                 "--strategies",
                 "ddp,tp_fsdp",
                 "--json",
@@ -53,5 +51,13 @@ def test_torchruns_ranks_give_one_report_and_leave_nothing(target: str, ok: bool
     assert json.loads(report.read_text())["ok"] is ok
     assert ended.stdout.splitlines()[-1] == closing
     assert ended.stdout.count("against single") == 1
+    assert "4 ranks" in ended.stdout, "as many as were launched"
+    assert "reducer.cpp" not in ended.stderr, "what DDP's native code warns of says nothing about the user's"
     assert (ended.returncode == 0) is ok
     assert not list(scratch.glob("shardproof-*"))
+
+
+def test_what_all_processes_would_say_is_said_once(tmp_path: Path) -> None:
+    ended = under_torchrun("examples/absent.py", tmp_path / "report.json", tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.count("examples/absent.py") == ended.stderr.count("error: ") == 1

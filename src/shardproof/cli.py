@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from rich.text import Text
 from shardproof import cli_diff, cli_show, cli_train
 from shardproof.cli_written import Annotate, Html, Json, Junit, Written
 from shardproof.errors import ShardproofError, UsageError
-from shardproof.ranks.launch import Launch
+from shardproof.ranks.launch import Launch, ranks_or_launched
+from shardproof.ranks.noise import silence_native
+from shardproof.ranks.once import first_to_say
 from shardproof.report import file, schemas, show, text
 from shardproof.report.data import Report
 from shardproof.report.places import Place
@@ -45,6 +48,9 @@ BROKEN = 2
 
 LINES = "\n\t"
 """What lays out the text of an error, and is printed as it is."""
+
+FIRST_WORDS_S = 0.5
+"""How long processes of a launch that have nothing to add leave to the one that says what is wrong."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -114,7 +120,7 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
     strategy: Annotated[
         list[str] | None, typer.Option(metavar="DEGREES", help="Or degrees: tp=2,dp_shard=3. Repeatable.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks of a named strategy.")] = 4,
+    ranks: Annotated[int | None, typer.Option(min=1, metavar="N", help="Ranks, if not 4 or torchrun's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Steps, if not the experiment's.")] = None,
     dtype: Annotated[
         Literal["float64", "float32", "bfloat16"], typer.Option(metavar="DTYPE", help="Or float32, bfloat16.")
@@ -160,6 +166,9 @@ def _check(  # noqa: PLR0913  (typer declares an option by a parameter)
     """
     with _exit_codes():
         # Whatever is wrong with the options is said before torch is loaded and anything is trained.
+        ranks = ranks_or_launched(ranks)
+        if Launch.of(os.environ) is not None:
+            silence_native()
         wanted = _wanted(strategies, strategy or (), ranks)
         _refuse(both=quiet and verbose, timeout_s=timeout)
         written = Written(json=json, html=html, junit=junit, annotate=annotate)
@@ -363,7 +372,11 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except ShardproofError as error:
-        typer.echo(f"error: {printable(str(error), keep=LINES)}", err=True)
+        if first_to_say(str(error)):
+            typer.echo(f"error: {printable(str(error), keep=LINES)}", err=True)
+        else:
+            # When a process ends with an error, torchrun ends the others, that one too which is about to say it.
+            time.sleep(FIRST_WORDS_S)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None

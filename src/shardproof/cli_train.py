@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from shardproof.errors import RankLost, UsageError
-from shardproof.ranks.launch import Launch
+from shardproof.ranks.launch import Launch, ranks_or_launched
 from shardproof.report import file
 from shardproof.spec.loading import load_for_training
 from shardproof.spec.strategies import parse
@@ -25,7 +25,7 @@ def train(  # noqa: PLR0913  (typer declares an option by a parameter)
         str, typer.Argument(metavar="EXPERIMENT", help="file.py, file.py:name or package.module:name.")
     ],
     strategy: Annotated[str, typer.Option(metavar="STRATEGY", help="Or degrees: tp=2,dp_shard=2.")] = "single",
-    ranks: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of a named strategy; if not 4.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, metavar="N", help="Ranks, if not 4 or torchrun's.")] = None,
     max_duration: Annotated[str | None, typer.Option(metavar="TIME", help="2ep, 500ba, 100000sp or 1h.")] = None,
     eval_interval: Annotated[str | None, typer.Option(metavar="TIME", help="How often to evaluate.")] = None,
     precision: Annotated[
@@ -108,7 +108,7 @@ def train(  # noqa: PLR0913  (typer declares an option by a parameter)
             file.check(path)
     training = _with_loggers(training, json, tensorboard, quiet=quiet)
     launch = Launch.of(os.environ)
-    parse(strategy, ranks or (launch.world_size if launch else 4))
+    parse(strategy, ranks_or_launched(ranks))
     from shardproof.trainer.trainer import Trainer  # noqa: PLC0415  (loads torch)
 
     try:

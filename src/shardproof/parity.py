@@ -15,6 +15,7 @@ from shardproof.errors import ParityError, RankError, StrategyError, UsageError
 from shardproof.prove import Prover
 from shardproof.ranks import Ranks, start
 from shardproof.ranks.forked import ForkedRanks
+from shardproof.ranks.launch import ranks_or_launched
 from shardproof.ranks.scratch import scratch_folder
 from shardproof.report.data import Report, Run
 from shardproof.report.progress import Progress, Silent
@@ -31,7 +32,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 def check(  # noqa: PLR0913 (one call is the whole interface; its names are those of the command line)
     experiment: Experiment,
     strategies: Sequence[str | Parallelism] | None = None,
-    ranks: int = 4,
+    ranks: int | None = None,
     *,
     dtype: str | torch.dtype = "float64",
     device: str = "cpu",
@@ -47,11 +48,12 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     """Train `experiment` under every strategy and hold each run, tensor by tensor, against one device.
 
     `strategies` are names (`ddp`), degrees (`tp=2,dp_shard=3`, which bring their own number of ranks) or
-    `Parallelism`; all that fit `ranks` if None. `reference` is what is trusted: `single`, another strategy, or
-    another Experiment that is trained on one device instead. `show` lists ranks whose tensors the report should hold.
-    `timeout_s` limits each piece of work. `prove` plants faults in every run that agrees, one at a time, and reports
-    which of them this check would have caught; it changes no verdict. `invariants` trains no reference at all: it holds
-    only what is replicated along a mesh axis against itself, bit by bit, which is quick and no proof of parity.
+    `Parallelism`; all that fit `ranks` if None. `ranks` is the size of the launch under torchrun, else 4, if None.
+    `reference` is what is trusted: `single`, another strategy, or another Experiment that is trained on one device
+    instead. `show` lists ranks whose tensors the report should hold. `timeout_s` limits each piece of work. `prove`
+    plants faults in every run that agrees, one at a time, and reports which of them this check would have caught; it
+    changes no verdict. `invariants` trains no reference at all: it holds only what is replicated along a mesh axis
+    against itself, bit by bit, which is quick and no proof of parity.
 
     Raises `UsageError` for wrong use or a broken experiment, `RankError` where a rank failed, died or hung. Under
     torchrun it returns None on every rank but the first.
@@ -60,6 +62,7 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
         raise UsageError("invariants: replicas are held against each other, so leave reference out")
     if prove and invariants:
         raise UsageError("prove plants faults in a check against the reference, and invariants has none: choose one")
+    ranks = ranks_or_launched(ranks)
     layouts, left_out = _layouts(experiment, strategies, ranks)
     if invariants and strategies is None:
         # One rank has no replicas.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fault_rows import FAULTY, HANG_S, LOOP, Fault
+from fault_rows import FAULTY, HANG_S, LONG_S, LOOP, Fault
 from warm_commands import Commands
 
 _GONE_WITHIN_S = 5.0
@@ -92,7 +92,7 @@ def _command(fault: Fault, folder: Path, saved: Path, small: Path, env: dict[str
         return "pytest", ["-p", "no:cacheprovider", f"--basetemp={folder / 'tmp'}", f"--rootdir={folder}", str(tests)]
     if fault.way == "torchrun":
         return "run", ["--nproc-per-node", "2", "--master-port", env.pop("MASTER_PORT"), str(LOOP), str(saved)]
-    hangs = "60" if fault.sent or fault.exit_code == 0 else str(HANG_S)
+    hangs = str(LONG_S if fault.sent or fault.exit_code == 0 or fault.early else HANG_S)
     options = ["--strategies", "ddp"] if fault.way == "check" else ["--strategy", "ddp", "--save-folder", str(saved)]
     extra = [option.replace("SMALL", str(small)) for option in fault.extra]
     arguments = [fault.way, str(FAULTY), "--ranks", "3", *options, "--timeout", hangs, *extra]

@@ -9,6 +9,7 @@ from pathlib import Path
 FAULTY = Path(__file__).with_name("faulty.py")
 LOOP = Path(__file__).with_name("recorded_loop.py")
 HANG_S = 5
+LONG_S = 60
 """The time limit of commands that hang; more than any call takes that does not."""
 
 
@@ -45,6 +46,8 @@ class Fault:
     port_taken: bool = False
     """Whether somebody listens on MASTER_PORT."""
     env: tuple[tuple[str, str], ...] = ()
+    early: bool = False
+    """Whether it is told long before the time limit, which is `LONG_S` then."""
     rare: bool = False
     """Tried only if asked for: it takes long, or another row shows as much."""
 
@@ -96,17 +99,27 @@ FAULTS = (
     ),
     Fault(name="floods", exit_code=0, says=("lines left out", "parity"), line=False),
     Fault(name="floods one line", exit_code=0, says=("left out", "parity"), line=False, rare=True),
-    Fault(name="calls once more", says=(_OTHER, "rank 1: all_reduce SUM of float64 [3]")),
-    Fault(name="another collective", says=(_OTHER, "ranks 0, 2: all_reduce SUM", "rank 1: broadcast from rank 0")),
-    Fault(name="another shape", says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float64 [8]")),
-    Fault(name="another dtype", says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float32 [4]"), rare=True),
-    Fault(name="another order", says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float64 [2, 2]")),
-    Fault(name="another reduction", says=(_OTHER, "all_reduce SUM", "rank 1: all_reduce MAX")),
-    Fault(name="another source", says=(_OTHER, "rank 1: broadcast from rank 1"), rare=True),
-    Fault(name="another group", says=("called different collectives in ddp",)),
+    Fault(name="calls once more", early=True, says=(_OTHER, "rank 1: all_reduce SUM of float64 [3]")),
+    Fault(
+        name="another collective",
+        early=True,
+        says=(_OTHER, "ranks 0, 2: all_reduce SUM", "rank 1: broadcast from rank 0"),
+    ),
+    Fault(name="another shape", early=True, says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float64 [8]")),
+    Fault(
+        name="another dtype",
+        early=True,
+        says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float32 [4]"),
+        rare=True,
+    ),
+    Fault(name="another order", early=True, says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float64 [2, 2]")),
+    Fault(name="another reduction", early=True, says=(_OTHER, "all_reduce SUM", "rank 1: all_reduce MAX")),
+    Fault(name="another source", early=True, says=(_OTHER, "rank 1: broadcast from rank 1"), rare=True),
+    Fault(name="another group", early=True, says=("called different collectives in ddp",)),
     Fault(
         name="waits while it fails",
         rare=True,
+        early=True,
         says=(_OTHER, "rank 1: barrier", "while it handles ValueError: 3 is not 4"),
     ),
     Fault(name="killed", way="train", says=("rank 1 died in fit: killed by signal 9",), line=False, keeps=1, rare=True),
@@ -152,7 +165,7 @@ FAULTS = (
     Fault(name="killed", torchrun=True, exit_code=1, noise=True, says=("exitcode: -9", "local_rank: 1"), line=False),
     Fault(name="raises", torchrun=True, exit_code=1, noise=True, says=(_FAILED, "ValueError: 3 is not 4")),
     Fault(name="sleeps", torchrun=True, exit_code=1, noise=True, says=_HUNG, rare=True),
-    Fault(name="another collective", torchrun=True, exit_code=1, noise=True, says=(_OTHER,), rare=True),
+    Fault(name="another collective", torchrun=True, exit_code=1, noise=True, early=True, says=(_OTHER,), rare=True),
     Fault(
         name="killed", way="record", exit_code=1, noise=True, says=("by peer", "ChildFailedError"), line=False, keeps=2
     ),

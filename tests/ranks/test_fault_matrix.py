@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fault_matrix import mounts, run
-from fault_rows import FAULTS, Fault
+from fault_rows import FAULTS, LONG_S, Fault
 from warm_commands import Commands
 
 
@@ -50,6 +50,8 @@ def test_a_fault_is_told_once_in_time_and_leaves_nothing(
             assert text not in seen.said
         assert errors == (fault.exit_code in {2, 3} and fault.way != "pytest")
     assert len(seen.said) < 100_000
+    if fault.early:
+        assert seen.seconds < LONG_S / 2
     assert seen.left == []
     if fault.way == "record":
         shown = _shows_what_it_shares(seen.recording, request.getfixturevalue("whole"), fault, commands, tmp_path)

@@ -23,6 +23,9 @@ from shardproof.ranks.stacks import innermost, user_line
 STANDSTILL_S = 1.0
 """How often a supervisor looks whether ranks still call collectives."""
 
+_REST = 10
+"""How much longer it leaves them alone than it has looked."""
+
 Journals = Mapping[int, Sequence[Call]]
 
 
@@ -81,9 +84,10 @@ class Standstill:
 
     def __call__(self) -> bool:
         """To be called often; looks into the journals once nobody has called anything for a while, and once only."""
-        if time.monotonic() < self._next:
+        now_s = time.monotonic()
+        if now_s < self._next:
             return False
-        self._next = time.monotonic() + STANDSTILL_S
+        self._next = now_s + STANDSTILL_S
         now = self._counts()
         if now != self._before:
             self._before, self._looked = now, False
@@ -91,7 +95,10 @@ class Standstill:
         if self._looked:
             return False
         self._looked = True
-        return first_mismatch(self._journals(), sizes=False) is not None
+        found = first_mismatch(self._journals(), sizes=False) is not None
+        # Of ranks on other machines journals take a while: a run whose every step has a pause is not to wait for them.
+        self._next = max(self._next, time.monotonic() + _REST * (time.monotonic() - now_s))
+        return found
 
 
 def _who_hangs(stacks: Mapping[int, str], journals: Journals) -> str:

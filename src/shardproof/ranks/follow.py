@@ -18,7 +18,8 @@ from shardproof.ranks.stacks import of_frame, trimmed
 from shardproof.ranks.wire import Wire
 
 ANSWERS, BYE, STACKS, STOP = "answers", "bye", "stacks", "stop"
-"""Keys: answers and goodbyes are numbered in the order in which they come; the others are written once."""
+"""Keys: answers and goodbyes are numbered in the order in which they come; `STACKS` holds how often the leader has
+asked for them; `STOP` is written once."""
 
 _IDLE_S = 0.01
 """How often a process without work looks for some."""
@@ -41,9 +42,10 @@ def here_key(rank: int) -> str:
     return f"here/{rank}"
 
 
-def stack_key(rank: int) -> str:
-    """Where `rank` writes where it stands, and what it has called on its process groups."""
-    return f"stack/{rank}"
+def stack_key(rank: int, asked: bytes) -> str:
+    """Where `rank` writes where it stands, and what it has called on its process groups; `asked` is what it was asked
+    with."""
+    return f"stack/{rank}/{asked.decode()}"
 
 
 def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes], bytes], journal: Journal) -> None:
@@ -79,13 +81,13 @@ def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes]
 
 def _watch(wire: Wire, launch: Launch, main: int, done: threading.Event, journal: Journal) -> None:
     """Ends the process after an error, also where its main thread is stuck in a collective."""
-    shown = False
+    shown = b""
     try:
         while (stop := wire.look(STOP)) is None:
-            if not shown and wire.look(STACKS) is not None:
+            if (asked := wire.look(STACKS)) is not None and asked != shown:
                 stack = trimmed(of_frame(sys._current_frames().get(main)))
-                wire.send(stack_key(launch.rank), pickle.dumps((stack, journal.calls())))
-                shown = True
+                wire.send(stack_key(launch.rank, asked), pickle.dumps((stack, journal.calls())))
+                shown = asked
             if done.wait(_WATCH_S):
                 return
         code = int(stop)

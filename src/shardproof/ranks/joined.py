@@ -14,7 +14,7 @@ from shardproof.errors import InvariantError, RankDied, RankError, RankHung, Ran
 from shardproof.ranks import noise
 from shardproof.ranks.answer import perform
 from shardproof.ranks.blame import cause
-from shardproof.ranks.explained import explained, hung, refuse_uneven
+from shardproof.ranks.explained import Standstill, explained, hung, refuse_uneven
 from shardproof.ranks.follow import ANSWERS, BYE, STACKS, STOP, call_key, follow, here_key, stack_key
 from shardproof.ranks.heard import Heard
 from shardproof.ranks.interface import choose_interface
@@ -34,6 +34,8 @@ _STACKS_S = 3.0
 """How long stuck ranks may take to say where they are."""
 _LOST_S = 0.25
 """The same where one has lost a peer: the launcher, which has lost it too, may end this process at any moment."""
+_LOOK_S = 1.0
+"""How long ranks that may be at work have to answer, while nothing is known to be wrong."""
 _BYE_S = 5.0
 """How long a leader that hosts the store keeps it open for those who have not read their last message."""
 _pools = itertools.count()
@@ -77,6 +79,7 @@ class JoinedRanks(Ranks):
         self._place = dataclasses.replace(self._place, _journal=self._journal)
         self._sent: Counter[int] = Counter()
         self._read = 0
+        self._asked = 0
 
     def __enter__(self) -> Self:
         if not self.leader:
@@ -99,7 +102,8 @@ class JoinedRanks(Ranks):
             else:
                 self._sent[rank] += 1
                 self._wire.send(call_key(rank, self._sent[rank]), message)
-        heard = self._hear(own, set(ranks), live=live)
+        stuck = Standstill(lambda: self._stacks(own, set(ranks), wait_s=_LOOK_S)[1], lambda: (self._journal.count(),))
+        heard = self._hear(own, set(ranks), live=live, stuck=stuck)
         found = cause(heard.answers, heard.deaths, during=during)
         if found is not None:
             guilty, error = found
@@ -129,13 +133,15 @@ class JoinedRanks(Ranks):
         how = f"its process does not answer any more, and rank {guilty} has lost it; the launcher knows how it ended"
         return RankDied(gone[0], how, during=during)
 
-    def _hear(self, own: OwnPart, ranks: set[int], *, live: bool) -> Heard:
+    def _hear(self, own: OwnPart, ranks: set[int], *, live: bool, stuck: Standstill) -> Heard:
         heard = Heard(silent=ranks)
         deadline = time.monotonic() + self._timeout_s
         while heard.silent and time.monotonic() < deadline:
             spoken = self._listen(own, heard)
             if live and spoken and not heard.trouble:
                 deadline = time.monotonic() + self._timeout_s
+            elif not spoken and not heard.trouble and stuck():
+                break
             deadline = min(deadline, heard.patience())
         return heard
 
@@ -161,13 +167,15 @@ class JoinedRanks(Ranks):
         self, own: OwnPart, asked: set[int], wait_s: float = _STACKS_S
     ) -> tuple[dict[int, str], dict[int, list[Call]]]:
         """Where the ranks are, and what each of those that still answer has called."""
-        self._wire.send(STACKS, b"please")
+        self._asked += 1
+        asking = str(self._asked).encode()
+        self._wire.send(STACKS, asking)
         stacks = {0: own.stack()} if 0 in asked else {}
         journals = {0: self._journal.calls()} if 0 in asked else {}
         deadline = time.monotonic() + wait_s
         while len(stacks) < len(asked) and time.monotonic() < deadline:
             for rank in asked - set(stacks):
-                told = self._wire.receive(stack_key(rank))
+                told = self._wire.receive(stack_key(rank, asking))
                 if told is not None:
                     stacks[rank], journals[rank] = pickle.loads(told)
             time.sleep(_POLL_S)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardproof.errors import UsageError
 
+RANKS = 4
+"""How many a named strategy has where neither the user nor a launcher says it."""
 _REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -49,3 +52,11 @@ class Launch:
         except ValueError as error:
             values = ", ".join(f"{name}={environment[name]}" for name in _REQUIRED)
             raise UsageError(f"the launcher's environment does not hold numbers ({values}): {error}") from None
+
+
+def ranks_or_launched(ranks: int | None) -> int:
+    """`ranks`, or as many as a launcher has started, or `RANKS`. Raises `UsageError` as `Launch.of` does."""
+    if ranks is not None:
+        return ranks
+    launch = Launch.of(os.environ)
+    return RANKS if launch is None else launch.world_size

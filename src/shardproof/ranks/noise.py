@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -35,6 +36,15 @@ def silence() -> None:
     """Hides `WARNINGS` in this process, also where warnings are errors."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(message))
+
+
+def silence_native() -> None:
+    """To be called before torch is loaded: what its C++ code merely warns of is not logged by this process.
+
+    For ranks of a launch, whose output nobody filters: each would log what is `LOGGED`. A user who sets
+    TORCH_CPP_LOG_LEVEL has it his way.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 NATIVE_LOG = re.compile(r"^(\[rank\d+\]:)?\[[WE]\d{3,} .*\.(cpp|hpp|cc|h):\d+\]|^terminate called .* 'gloo::")

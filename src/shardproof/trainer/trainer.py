@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardproof.errors import StrategyError, UsageError
-from shardproof.ranks.launch import Launch
+from shardproof.ranks.launch import RANKS, Launch
 from shardproof.spec.duration import Duration, parse_duration
 from shardproof.spec.experiment import Experiment
 from shardproof.spec.parallelism import Parallelism
@@ -21,9 +21,6 @@ from shardproof.spec.training import Changes, Training, changed
 from shardproof.trainer.crew import Crew, Forked, InProcess
 from shardproof.trainer.fit import Fit
 from shardproof.trainer.loop import Loop
-
-RANKS = 4
-"""Ranks of a named strategy where nothing says otherwise: as many as `check` takes."""
 
 
 class Trainer:
