@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from shardproof import errors
 from shardproof.errors import Failure, InvariantError, UsageError
 from shardproof.ranks.failure import describe, only_waited
-from shardproof.ranks.journal import Tally
+from shardproof.ranks.journal import Call, Tally
 from shardproof.ranks.place import Place
 
 
@@ -27,6 +27,8 @@ class Answer:
     """Whether the failure says only that a peer was lost, so that the cause is elsewhere."""
     tallies: Mapping[str, Tally] = field(default_factory=dict)
     """Process group -> what this rank called on it; of a call that went well."""
+    calls: Sequence[Call] = ()
+    """Of an echo: what this rank called last."""
 
     @property
     def good(self) -> bool:
@@ -41,13 +43,15 @@ def perform(target: object, place: Place, message: bytes) -> bytes:
         result = getattr(target, method)(place, *args)
         return pickle.dumps(Answer(rank=place.rank, result=result, tallies=place.tallies()))
     except BaseException as error:  # noqa: BLE001  (sys.exit and KeyboardInterrupt in user code are failures as well)
-        return pickle.dumps(_answer(error, place.rank))
+        return pickle.dumps(_answer(error, place))
 
 
-def _answer(error: BaseException, rank: int) -> Answer:
+def _answer(error: BaseException, place: Place) -> Answer:
     if isinstance(error, UsageError | InvariantError):
-        return Answer(rank=rank, verdict=_portable(error))
-    return Answer(rank=rank, failure=describe(error, rank), echo=only_waited(error))
+        return Answer(rank=place.rank, verdict=_portable(error))
+    echo = only_waited(error)
+    calls = place.calls() if echo else ()
+    return Answer(rank=place.rank, failure=describe(error, place.rank), echo=echo, calls=calls)
 
 
 def _portable(error: UsageError | InvariantError) -> UsageError | InvariantError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import select
 import socket
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from shardproof.ranks.journal import Journal
+from shardproof.ranks.last_words import LastWords
 from shardproof.ranks.launch import Launch
 from shardproof.ranks.output import flush
 from shardproof.ranks.stacks import of_frame, trimmed
@@ -48,13 +50,20 @@ def stack_key(rank: int, asked: bytes) -> str:
     return f"stack/{rank}/{asked.decode()}"
 
 
-def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes], bytes], journal: Journal) -> None:
+def follow(
+    launch: Launch,
+    wire: Wire,
+    watching: Wire,
+    perform: Callable[[bytes], bytes],
+    journal: Journal,
+    last_words: LastWords,
+) -> None:
     """Serves calls until the leader is done. After an error it never returns: the process ends."""
     wire.send(here_key(launch.rank), b"")
     main = threading.get_ident()
     done = threading.Event()
     watch = threading.Thread(
-        target=_watch, args=(watching, launch, main, done, journal), name="shardproof watch", daemon=True
+        target=_watch, args=(watching, launch, main, done, journal, last_words), name="shardproof watch", daemon=True
     )
     watch.start()
     number = 1
@@ -79,7 +88,9 @@ def follow(launch: Launch, wire: Wire, watching: Wire, perform: Callable[[bytes]
     threading.Event().wait()
 
 
-def _watch(wire: Wire, launch: Launch, main: int, done: threading.Event, journal: Journal) -> None:
+def _watch(
+    wire: Wire, launch: Launch, main: int, done: threading.Event, journal: Journal, last_words: LastWords
+) -> None:
     """Ends the process after an error, also where its main thread is stuck in a collective."""
     shown = b""
     try:
@@ -94,20 +105,23 @@ def _watch(wire: Wire, launch: Launch, main: int, done: threading.Event, journal
         if code == 0:
             return
         wire.send(_numbered(wire, BYE), b"")
-        _outlive_store(launch)
+        _outlive_store(launch, last_words)
     except _store_errors():
         code = _LEADER_GONE
     flush()
     os._exit(code)
 
 
-def _outlive_store(launch: Launch) -> None:
-    """Waits until whoever holds the store is gone, at most `_LAST_WORDS_S`.
+def _outlive_store(launch: Launch, last_words: LastWords) -> None:
+    """Waits until whoever holds the store is gone or the launcher asks this process to end, at most `_LAST_WORDS_S`.
 
     On a connection that is never used: the store's own client logs at length when its server goes.
     """
+    until = time.monotonic() + _LAST_WORDS_S
     with contextlib.suppress(OSError), socket.create_connection((launch.host, launch.port), _LAST_WORDS_S) as idle:
-        idle.recv(1)
+        while time.monotonic() < until and last_words.told_at is None:
+            if select.select([idle], [], [], _WATCH_S)[0]:
+                return
 
 
 def _numbered(wire: Wire, key: str) -> str:

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any, Self
 
 from shardproof.errors import InvariantError, RankDied, RankError, RankHung, RankMismatch, StrategyError, UsageError
-from shardproof.ranks import noise
+from shardproof.ranks import noise, oom
 from shardproof.ranks.answer import perform
 from shardproof.ranks.blame import cause
 from shardproof.ranks.explained import Standstill, explained, hung, refuse_uneven
@@ -19,7 +19,9 @@ from shardproof.ranks.follow import ANSWERS, BYE, STACKS, STOP, call_key, follow
 from shardproof.ranks.heard import Heard
 from shardproof.ranks.interface import choose_interface
 from shardproof.ranks.journal import Call
+from shardproof.ranks.last_words import LastWords
 from shardproof.ranks.launch import Launch
+from shardproof.ranks.mismatch import told_waiting, who_waits
 from shardproof.ranks.output import numbers
 from shardproof.ranks.overhear import own_journal
 from shardproof.ranks.own_part import OwnPart
@@ -33,7 +35,9 @@ _POLL_S = 0.02
 _STACKS_S = 3.0
 """How long stuck ranks may take to say where they are."""
 _LOST_S = 0.25
-"""The same where one has lost a peer: the launcher, which has lost it too, may end this process at any moment."""
+"""The same where one has lost a peer."""
+_ENDING_S = 1.0
+"""How long after a SIGTERM ranks may still say that they have lost a peer, which is why the launcher sends it."""
 _LOOK_S = 1.0
 """How long ranks that may be at work have to answer, while nothing is known to be wrong."""
 _BYE_S = 5.0
@@ -80,10 +84,15 @@ class JoinedRanks(Ranks):
         self._sent: Counter[int] = Counter()
         self._read = 0
         self._asked = 0
+        self._oom_kills = oom.kills()
+        self._last_words = LastWords()
+        self._last_words.begin()
 
     def __enter__(self) -> Self:
         if not self.leader:
-            follow(self._launch, self._wire, Wire(self._launch, self._prefix), self._perform, self._journal)
+            watching = Wire(self._launch, self._prefix)
+            follow(self._launch, self._wire, watching, self._perform, self._journal, self._last_words)
+            self._last_words.end()
             self._ended = "have ended: only rank 0 calls, and it is done"
         return self
 
@@ -107,10 +116,11 @@ class JoinedRanks(Ranks):
         found = cause(heard.answers, heard.deaths, during=during)
         if found is not None:
             guilty, error = found
-            # A live call is long, and its launcher soon ends everybody: there is no time to ask.
-            if not live and guilty in heard.answers and heard.answers[guilty].echo:
+            if guilty in heard.answers and heard.answers[guilty].echo:
                 error = self._whom_it_lost(own, guilty, error, heard, during)
             raise error from None
+        if self._last_words.told_at is not None:
+            self._last_words.end()
         if heard.silent:
             stacks, journals = self._stacks(own, heard.silent)
             away = [rank for rank in sorted(heard.silent - {0}) if self._wire.look(here_key(rank)) is None]
@@ -125,13 +135,19 @@ class JoinedRanks(Ranks):
         self, own: OwnPart, guilty: int, error: RankError | UsageError | InvariantError, heard: Heard, during: str
     ) -> RankError | UsageError | InvariantError:
         """A rank has lost a peer: the one that does not even say where it is, or the mismatch that came before."""
-        _, journals = self._stacks(own, set(range(self.size)), wait_s=_LOST_S)
+        _, asked = self._stacks(own, set(heard.silent), wait_s=_LOST_S)
+        journals = {rank: answer.calls for rank, answer in heard.answers.items() if answer.echo} | asked
         error = explained(error, journals, during=during, sizes=True)
-        gone = [rank for rank in sorted(heard.silent) if rank not in journals]
-        if isinstance(error, RankMismatch) or not gone:
+        gone = sorted(heard.silent - set(asked))
+        # Several may be a whole machine, and some of them may have been ended by the launcher for the sake of one.
+        if isinstance(error, RankMismatch) or len(gone) != 1:
             return error
-        how = f"its process does not answer any more, and rank {guilty} has lost it; the launcher knows how it ended"
-        return RankDied(gone[0], how, during=during)
+        said = [f"its process does not answer any more, and rank {guilty} has lost it; the launcher knows how it ended"]
+        if kills := oom.grown(self._oom_kills, oom.kills()):
+            said.append(kills)
+        if waiting := who_waits({**journals, gone[0]: ()}):
+            said.append(told_waiting(waiting))
+        return RankDied(gone[0], "; ".join(said), during=during)
 
     def _hear(self, own: OwnPart, ranks: set[int], *, live: bool, stuck: Standstill) -> Heard:
         heard = Heard(silent=ranks)
@@ -143,6 +159,8 @@ class JoinedRanks(Ranks):
             elif not spoken and not heard.trouble and stuck():
                 break
             deadline = min(deadline, heard.patience())
+            if (told_at := self._last_words.told_at) is not None:
+                deadline = min(deadline, told_at + _ENDING_S)
         return heard
 
     def _listen(self, own: OwnPart, heard: Heard) -> bool:
@@ -186,6 +204,8 @@ class JoinedRanks(Ranks):
         if self._own is None:
             return
         self._own.close()
+        if error is None:
+            self._last_words.end()
         code = 0 if error is None else getattr(error, "exit_code", 1)
         self._wire.send(STOP, str(code).encode())
         if self._launch.agent_store:

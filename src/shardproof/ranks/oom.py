@@ -23,14 +23,21 @@ def kills() -> dict[str, int]:
     return found
 
 
+def grown(before: dict[str, int], after: dict[str, int]) -> str:
+    """That it has happened between two looks, in words; nothing where it has not, or nobody can know."""
+    path = next((path for path, count in after.items() if count > before.get(path, count)), None)
+    if path is None:
+        return ""
+    return (
+        f"out of memory: the kernel has ended a process for lack of it (oom_kill in {path}); "
+        "use fewer ranks, smaller batches or a smaller model, or a machine with more"
+    )
+
+
 def told(before: dict[str, int], after: dict[str, int]) -> str:
     """What the counters say of a SIGKILL between two looks."""
-    grown = [path for path, count in after.items() if count > before.get(path, count)]
-    if grown:
-        return (
-            f"out of memory: the kernel has ended a process for lack of it (oom_kill in {grown[0]}); "
-            "use fewer ranks, smaller batches or a smaller model, or a machine with more"
-        )
+    if found := grown(before, after):
+        return found
     if after:
         return "killed by hand or by another program; the kernel counts no process that it ended for lack of memory"
     return "out of memory, or killed by hand"

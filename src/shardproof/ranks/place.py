@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shardproof.errors import UsageError
 from shardproof.ranks.caches import forget_meshes
-from shardproof.ranks.journal import Journal, Tally
+from shardproof.ranks.journal import Call, Journal, Tally
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,10 @@ class Place:
     def tallies(self) -> dict[str, Tally]:
         """What was called on each process group in this call, as far as anybody counts."""
         return {} if self._journal is None else self._journal.tallies()
+
+    def calls(self) -> list[Call]:
+        """The last collectives of this process, as far as anybody notes them."""
+        return [] if self._journal is None else self._journal.calls()
 
     def tell(self, event: object) -> None:
         """Sends `event` to the caller while a call is running; it arrives as `Ranks.on_event(rank, event)`.

@@ -23,6 +23,7 @@ from shardproof.errors import CheckpointError, RankLost, UsageError
 from shardproof.ranks import Place, Ranks, noise, start
 from shardproof.ranks.failure import lost_peer
 from shardproof.ranks.here import Here
+from shardproof.ranks.last_words import LastWords
 from shardproof.ranks.scratch import scratch_folder
 from shardproof.spec.experiment import Experiment
 from shardproof.spec.parallelism import Parallelism
@@ -92,14 +93,19 @@ class InProcess(Crew):
 
     def call(self, method: str, *args: Any) -> Any:
         """Runs it here; the other ranks run their own. Raises `RankLost` where one of them is gone."""
-        # Asked to end while it still starts, it starts, and ends before the first step.
-        with Termination() if method == "fit" else nullcontext():
-            loop = self.loop
-            try:
-                with self._watching(method):
-                    return getattr(loop, method)(*args)
-            finally:
-                self._screen.close()
+        try:
+            # Asked to end while it still starts, it starts, and ends before the first step.
+            with Termination() if method == "fit" else nullcontext():
+                loop = self.loop
+                try:
+                    with self._watching(method):
+                        return getattr(loop, method)(*args)
+                finally:
+                    self._screen.close()
+        except RankLost:
+            # Its launcher has lost the peer as well, and is about to end this process too.
+            LastWords().begin()
+            raise
 
     @contextmanager
     def _watching(self, during: str) -> Iterator[None]:
