@@ -16,7 +16,7 @@ from shardproof.prove import Prover
 from shardproof.ranks import Ranks, start
 from shardproof.ranks.forked import ForkedRanks
 from shardproof.ranks.launch import ranks_or_launched
-from shardproof.ranks.scratch import scratch_folder
+from shardproof.ranks.scratch import home_of_sockets, scratch_folder
 from shardproof.report.data import Report, Run
 from shardproof.report.progress import Progress, Silent
 from shardproof.session import Session
@@ -73,7 +73,7 @@ def check(  # noqa: PLR0913 (one call is the whole interface; its names are thos
     if bad:
         raise UsageError(f"show {bad[0]}: there are ranks 0 to {size - 1}")
     started = time.perf_counter()
-    with scratch_folder() as folder:
+    with scratch_folder() as folder, home_of_sockets(folder):
         worker = Worker(
             experiment=experiment,
             trusted=reference if isinstance(reference, Experiment) else experiment,

@@ -297,3 +297,26 @@ def test_failures_are_shown_once_with_their_ranks(run, pytester) -> None:
     cases = {case.get("name"): case for case in ET.parse(pytester.path / "out.xml").iter("testcase")}
     assert cases["test_one_is_guilty"].find("failure").get("message") == "[rank 2] ValueError: the guilty one"
     assert "[ranks 0-3] same" in cases["test_alike"].find("system-out").text
+
+
+def test_a_rank_that_is_killed_beside_its_data_loaders_leaves_nothing(run, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    done = run(
+        "--basetemp=base",
+        test_loaders="""
+        import os, signal
+        import pytest, torch
+        from torch.utils.data import DataLoader, TensorDataset
+
+        @pytest.mark.ranks(2)
+        @pytest.mark.parametrize("killed", (False, True))
+        def test_loads(killed):
+            for batch, in DataLoader(TensorDataset(torch.ones(1000, 2)), 4, num_workers=2):
+                if killed:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    assert done.parseoutcomes() == {"passed": 1, "failed": 1}
+    assert [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor_")] == []

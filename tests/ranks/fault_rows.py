@@ -123,6 +123,15 @@ FAULTS = (
         says=(_OTHER, "rank 1: barrier", "while it handles ValueError: 3 is not 4"),
     ),
     Fault(name="killed", way="train", says=("rank 1 died in fit: killed by signal 9",), line=False, keeps=1, rare=True),
+    Fault(
+        name="killed beside its data loaders",
+        way="train",
+        does="killed",
+        says=("rank 1 died in fit: killed by signal 9",),
+        line=False,
+        extra=("--workers", "2"),
+        keeps=1,
+    ),
     Fault(name="raises", way="train", says=("rank 1 failed in fit at ",), keeps=1),
     Fault(name="sleeps", way="train", says=("no answer in fit", "rank 1 is at "), keeps=1, rare=True),
     Fault(

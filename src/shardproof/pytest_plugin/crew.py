@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
@@ -25,6 +26,7 @@ from shardproof.ranks.noise import without_noise
 from shardproof.ranks.output import flush
 from shardproof.ranks.place import Place, Rendezvous
 from shardproof.ranks.process import Process
+from shardproof.ranks.scratch import home_of_sockets, scratch_folder
 from shardproof.ranks.store import host_store, join_store
 from shardproof.ranks.supervise import hear
 
@@ -78,13 +80,17 @@ class Ranks:
         target = RankSide(session, crew, port, self._files, terminal)
         flush()
         self._processes: dict[int, Process] = {}
-        for rank in range(crew.size):
-            place = Place(rank=rank, size=crew.size, local_rank=rank, device_type=device, _rendezvous=rendezvous)
-            try:
-                self._processes[rank] = Process(place, target, elders=list(self._processes.values()))
-            except OSError as error:
-                self.close()
-                raise UsageError(f"cannot start rank {rank} of {crew.size}: {error}; ask for fewer ranks") from error
+        self._scratch = ExitStack()
+        with home_of_sockets(self._scratch.enter_context(scratch_folder())):
+            for rank in range(crew.size):
+                place = Place(rank=rank, size=crew.size, local_rank=rank, device_type=device, _rendezvous=rendezvous)
+                try:
+                    self._processes[rank] = Process(place, target, elders=list(self._processes.values()))
+                except OSError as error:
+                    self.close()
+                    raise UsageError(
+                        f"cannot start rank {rank} of {crew.size}: {error}; ask for fewer ranks"
+                    ) from error
 
     def run(self, order: Order) -> Ran:
         """Runs a test. After it, `fit` says whether another can be run here, `orderly` whether all ranks have ended."""
@@ -124,6 +130,7 @@ class Ranks:
             process.bury()
         for files in self._files.values():
             files.close()
+        self._scratch.close()
 
     def _call(self, method: str, order: Order | None, limit_s: float | None, before: Mapping[int, int]) -> _Heard:
         message = pickle.dumps((method, () if order is None else (order,)))

@@ -23,19 +23,22 @@ the folder is removed once more."""
 def scratch_folder() -> Iterator[Path]:
     """An empty folder for this process and those that it forks, removed in the end with all that is in it.
 
-    A shell waits to do so where this process cannot: it takes 1 MB and no time. Python's multiprocessing keeps its
-    sockets there too, those of a rank's data loaders: a rank that is ended has no time to remove them.
+    A shell waits to do so where this process cannot: it takes 1 MB and no time.
     """
-    with tempfile.TemporaryDirectory(prefix="shardproof-") as name, _swept(name), _home_of_sockets(name):
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as name, _swept(name):
         yield Path(name)
 
 
 @contextmanager
-def _home_of_sockets(folder: str) -> Iterator[None]:
+def home_of_sockets(folder: Path) -> Iterator[None]:
+    """Processes forked inside keep the sockets of Python's multiprocessing in `folder`, not in a folder of their own.
+
+    So do their data loaders. A rank that is ended has no time to remove them.
+    """
     # Processes take it over from who starts them. Python has no public way to say so (`multiprocessing.util`).
     config = vars(multiprocessing.current_process()).get("_config", {})
     before = config.get("tempdir")
-    config["tempdir"] = folder
+    config["tempdir"] = str(folder)
     try:
         yield
     finally:

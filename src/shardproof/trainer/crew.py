@@ -24,7 +24,7 @@ from shardproof.ranks import Place, Ranks, noise, start
 from shardproof.ranks.failure import lost_peer
 from shardproof.ranks.here import Here
 from shardproof.ranks.last_words import LastWords
-from shardproof.ranks.scratch import scratch_folder
+from shardproof.ranks.scratch import home_of_sockets, scratch_folder
 from shardproof.spec.experiment import Experiment
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.training import Training
@@ -150,6 +150,7 @@ class Forked(Crew):
         self._size, self._timeout_s, self._device = parallelism.world_size, timeout_s, training.device
         self._shows, self._quiet = training.progress_bar and not quiet, quiet
         self._ranks: Ranks | None = None
+        self._scratch = ExitStack()
 
     @property
     def loop(self) -> Loop:
@@ -162,7 +163,8 @@ class Forked(Crew):
     def call(self, method: str, *args: Any) -> Any:
         """Runs it on all ranks; output and progress are shown meanwhile."""
         if self._ranks is None:
-            self._ranks = start(self._size, self._work, timeout_s=self._timeout_s, device=self._device)
+            with home_of_sockets(self._scratch.enter_context(scratch_folder())):
+                self._ranks = start(self._size, self._work, timeout_s=self._timeout_s, device=self._device)
         try:
             message = pickle.dumps(args)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -194,6 +196,7 @@ class Forked(Crew):
         ranks, self._ranks = self._ranks, None
         if ranks is not None:
             ranks.close()
+        self._scratch.close()
 
 
 class _Work:
