@@ -30,7 +30,7 @@ import shardproof as sp
 from shardproof.compare.estimated import Estimate
 from shardproof.compare.run import compare_run
 from shardproof.compare.verdict import Comparison
-from shardproof.compare.view import Observed, Reference
+from shardproof.compare.view import Reference
 from shardproof.parity import DTYPES
 from shardproof.ranks import Place, start
 from shardproof.report.progress import Silent
@@ -38,7 +38,7 @@ from shardproof.session import Session
 from shardproof.spec.parallelism import Parallelism
 from shardproof.spec.strategies import parse
 from shardproof.trace.file import TraceFile
-from shardproof.worker import Worker
+from shardproof.worker import Pair, Worker
 from shardproof.zoo.setting import Setting
 from shardproof.zoo.table import BUGS, CONTROLS
 
@@ -90,43 +90,26 @@ class Twice(Worker):
 
     rows: Path
 
-    def compare(
-        self,
-        place: Place,
-        name: str,
-        trusted: str,
-        floors: Mapping[int, float],
-        observed: Observed,
-        unclipped: str | None,
-        parts: Sequence[Sequence[tuple[int, int]]],
-        ranks: Sequence[int],
-    ) -> list[Comparison]:
+    def compare(self, place: Place, pair: Pair, ranks: Sequence[int]) -> list[Comparison]:
         """As `Worker.compare`; the rows of all steps are left in a file."""
         if ranks.index(place.rank) == 0:
-            reference = TraceFile(self.trace(trusted, 0))
             both = []
-            for own in (floors, None):
-                found = self._judged(name, reference, own, observed, parts)
-                if unclipped is not None:
-                    again = self._judged(unclipped, reference, own, observed, parts)
+            for floors in (pair.floors, None):
+                found = self._judged(pair, pair.name, floors)
+                if pair.unclipped is not None:
+                    again = self._judged(pair, pair.unclipped, floors)
                     before = {c.key: c for c in again if c.stage == "gradient" and c.step == 0}
                     found = [before.get(c.key, c) for c in found]
                 both.append({c.key: c for c in found})
             rows = [asdict(_row(by_measure, both[1][key])) for key, by_measure in both[0].items()]
             self.rows.write_text(json.dumps(rows))
-        return super().compare(place, name, trusted, floors, observed, unclipped, parts, ranks)
+        return super().compare(place, pair, ranks)
 
-    def _judged(
-        self,
-        name: str,
-        reference: TraceFile,
-        floors: Mapping[int, float] | None,
-        observed: Observed,
-        parts: Sequence[Sequence[tuple[int, int]]],
-    ) -> list[Comparison]:
-        estimate = Estimate(reference)
-        run = replace(observed, ranks=self._traces(name, observed), found={})
-        trusted = Reference(trace=reference, floors=estimate if floors is None else floors, parts=parts)
+    def _judged(self, pair: Pair, name: str, floors: Mapping[int, float] | None) -> list[Comparison]:
+        trace = TraceFile(self.trace(pair.trusted, 0))
+        estimate = Estimate(trace)
+        run = replace(pair.observed, ranks=self._traces(name, pair.observed), found={})
+        trusted = Reference(trace=trace, floors=estimate if floors is None else floors, parts=pair.parts)
         return compare_run(run, trusted, exact=not self.low_precision, told=estimate.saw)
 
 

@@ -30,7 +30,7 @@ from shardproof.report.data import Run
 from shardproof.report.progress import Progress
 from shardproof.spec.parallelism import AXES, Parallelism
 from shardproof.train.run import Summary, Variant
-from shardproof.worker import Replay, Worker
+from shardproof.worker import Pair, Replay, Worker
 
 DRAWS = 4
 """Disturbed runs of the reference from which the noise floor is taken."""
@@ -127,15 +127,21 @@ class Session:
         if variant is None:
             self._lived[name] = (layout, reads, trusted.name)
         self.progress.starting(f"comparing {layout.strategy} with the reference")
-        observed = self._observed(layout, reads)
-        unclipped = self._unclipped(name, layout, variant)
-        parts = self._parts(layout, reads) if trusted.by_parts else ()
-        compared = self._compared(layout, name, trusted, observed, unclipped, parts)
+        pair = Pair(
+            name=name,
+            observed=self._observed(layout, reads),
+            unclipped=self._unclipped(name, layout, variant),
+            trusted=trusted.name,
+            floors=trusted.floors,
+            parts=self._parts(layout, reads) if trusted.by_parts else (),
+        )
+        compared = self._compared(pair)
         if self._clips_exactly(compared, trusted):
             # Without torch's epsilon, which is as right: the reference is to do the same.
             replay = Replay(name=name, sources=reads.sources)
             trusted = self._reference(f"{name}-exact", replay, exact_clipping=True)
-            compared = self._compared(layout, name, trusted, observed, unclipped, parts)
+            pair = replace(pair, trusted=trusted.name, floors=trusted.floors)
+            compared = self._compared(pair)
         collectives = by_axis(summaries[0].collectives, layout)
         pieces = [summaries[rank].pieces for rank in range(layout.world_size)]
         facts = Facts(
@@ -155,18 +161,9 @@ class Session:
             # A planted fault is known: what the run fed its modules need not be looked into.
             once = variant is not None or layout in self.once
             again = None if once else self._again(name, layout, compared)
-            arguments = (
-                trusted.name,
-                trusted.floors,
-                observed,
-                (unclipped, again),
-                parts,
-                compared,
-                facts,
-                reads.sources,
-            )
+            arguments = pair, again, compared, facts, reads.sources
             during = f"the search for the cause in {layout.strategy}"
-            findings = [self.ranks.call("explain", name, *arguments, ranks=[0], during=during)[0]]
+            findings = [self.ranks.call("explain", *arguments, ranks=[0], during=during)[0]]
         shown = tuple(rank for rank in self.show if rank < layout.world_size)
         run = Run(
             strategy=layout.strategy,
@@ -176,9 +173,7 @@ class Session:
             sharded=sharded_over(pieces, layout),
             collectives=collectives,
             notes=self._notes(reads),
-            pictures=self._pictures(name, trusted, observed, unclipped, parts, compared, findings)
-            if variant is None
-            else (),
+            pictures=self._pictures(pair, compared, findings) if variant is None else (),
             shown=self.ranks.call("show", name, shown, ranks=[0])[0] if shown else {},
             time_s=time.perf_counter() - started,
         )
@@ -253,32 +248,14 @@ class Session:
         # As far as a millionth of any norm of 0.001 or more goes, and the same for all.
         return 0 < off <= 1e-3 and all(c.ratio is not None and abs(c.ratio - first.ratio) <= 0.1 * off for c in wrong)
 
-    def _compared(
-        self,
-        layout: Parallelism,
-        name: str,
-        trusted: Trusted,
-        observed: Observed,
-        unclipped: str | None,
-        parts: Sequence[Sequence[tuple[int, int]]],
-    ) -> list[Comparison]:
+    def _compared(self, pair: Pair) -> list[Comparison]:
         """What `Worker.compare` says of a run, in causal order."""
         # torchrun's ranks need not see each other's files. Where a layout is found from values, one step tells the
         # next where a piece lies, so that one rank looks at all of them.
         shared = isinstance(self.ranks, ForkedRanks) and self.worker.experiment.parallelize is None
         ranks = tuple(range(min(self.ranks.size, self.worker.steps))) if shared else (0,)
-        said = self.ranks.call(
-            "compare",
-            name,
-            trusted.name,
-            trusted.floors,
-            observed,
-            unclipped,
-            parts,
-            ranks,
-            ranks=ranks,
-            during=f"the comparison of {layout.strategy}",
-        )
+        during = f"the comparison of {pair.observed.parallelism.strategy}"
+        said = self.ranks.call("compare", pair, ranks, ranks=ranks, during=during)
         return sorted((c for found in said.values() for c in found), key=lambda c: c.step)
 
     def _train(self, name: str, layout: Parallelism, variant: Variant) -> dict[int, Summary]:
@@ -368,21 +345,13 @@ class Session:
             )
         return tuple(tuple((rank // layout.tp, m) for rank, m in step) for step in reads.sources)
 
-    def _pictures(
-        self,
-        name: str,
-        trusted: Trusted,
-        observed: Observed,
-        unclipped: str | None,
-        parts: Sequence[Sequence[tuple[int, int]]],
-        compared: Sequence[Comparison],
-        findings: Sequence[Finding],
-    ) -> tuple[Picture, ...]:
+    def _pictures(self, pair: Pair, compared: Sequence[Comparison], findings: Sequence[Finding]) -> tuple[Picture, ...]:
         """What is kept of a few tensors: the traces do not outlive the check."""
         about = [found.comparison.key for found in findings if found.comparison is not None]
-        arguments = (name, trusted.name, trusted.floors, observed, unclipped, parts, chosen(compared, about))
-        during = f"keeping values of {observed.parallelism.strategy}"
-        kept: tuple[Picture, ...] = self.ranks.call("pictures", *arguments, ranks=[0], during=during)[0]
+        during = f"keeping values of {pair.observed.parallelism.strategy}"
+        kept: tuple[Picture, ...] = self.ranks.call(
+            "pictures", pair, chosen(compared, about), ranks=[0], during=during
+        )[0]
         return kept
 
     def _notes(self, reads: Reads) -> tuple[str, ...]:

@@ -70,6 +70,27 @@ class Replay:
     """Per step: (rank, micro-batch) pairs, in order."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A run and the reference that it is held against: names of traces, and what is known beside them."""
+
+    name: str
+    """Of the run."""
+
+    observed: Observed
+    """The run, whose `ranks` are filled in where the traces are read."""
+
+    unclipped: str | None = None
+    """The run that shows a user's gradients of the first step before his own clipping."""
+
+    trusted: str
+    """Of the reference."""
+
+    floors: Mapping[int, float]
+    parts: Sequence[Sequence[tuple[int, int]]] = ()
+    """Both as `Reference` has them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Worker:
     """One rank's part in a check. Everything it returns is plain data."""
@@ -171,66 +192,44 @@ class Worker:
                 found.update(digests(cast(next(parts).batch, self.dtype, torch.device("cpu"))))
         return found
 
-    def compare(
-        self,
-        place: Place,
-        name: str,
-        trusted: str,
-        floors: Mapping[int, float],
-        observed: Observed,
-        unclipped: str | None,
-        parts: Sequence[Sequence[tuple[int, int]]],
-        ranks: Sequence[int],
-    ) -> list[Comparison]:
-        """Hold a run's traces (`observed.ranks` is filled in here) against the reference's.
-
-        `unclipped` names the run that shows a user's gradients of the first step before his own clipping; `parts` is
-        `Reference.parts`. `ranks` share the steps among them.
-        """
+    def compare(self, place: Place, pair: Pair, ranks: Sequence[int]) -> list[Comparison]:
+        """Hold a run's traces against the reference's. `ranks` share the steps among them."""
         share = ranks.index(place.rank), len(ranks)
-        reference = Reference(trace=TraceFile(self.trace(trusted, 0)), floors=floors, parts=parts)
-        exact = not self.low_precision
-        run = replace(observed, ranks=self._traces(name, observed))
-        found = compare_run(run, reference, exact=exact, share=share)
+        reference, run, unclipped = self._read(pair)
+        found = compare_run(run, reference, exact=not self.low_precision, share=share)
         if unclipped is not None:
-            run = replace(observed, ranks=self._traces(unclipped, observed))
-            again = compare_run(run, reference, share=share)
+            again = compare_run(unclipped, reference, share=share)
             before = {c.key: c for c in again if c.stage == "gradient" and c.step == 0}
             found = [before.get(c.key, c) for c in found]
         return found
 
-    def explain(  # noqa: PLR0913 (all that is known of a run)
+    def explain(
         self,
         place: Place,
-        name: str,
-        trusted: str,
-        floors: Mapping[int, float],
-        observed: Observed,
-        again: Sequence[str | None],
-        parts: Sequence[Sequence[tuple[int, int]]],
+        pair: Pair,
+        again: str | None,
         compared: Sequence[Comparison],
         facts: Facts,
         sources: Sequence[Sequence[tuple[int, int]]],
     ) -> Finding | None:
         """Seek the cause of a run's first divergence, on this rank alone.
 
-        `again` names the run without a user's own clipping, and the one with the inputs of every module; `sources` is
-        `Replay.sources`.
+        `again` names the run that shows the inputs of every module; `sources` is `Replay.sources`.
         """
         first = first_divergence(compared)
         if first is None:
             return None
-        reference = Reference(trace=TraceFile(self.trace(trusted, 0)), floors=floors, parts=parts)
-        observed = replace(observed, ranks=self._traces(name, observed))
-        others = [None if n is None else replace(observed, ranks=self._traces(n, observed)) for n in again]
+        reference, observed, unclipped = self._read(pair)
         for comparison in compared:
             if comparison.stage == "initial-state":
                 # Where plain pieces lie is told by their initial values, as in the comparison itself.
                 compare_parameter(comparison.key, observed, reference)
-        with place.world(f"{name}-cause", 1):
+        with place.world(f"{pair.name}-cause", 1):
             run = self._single(place, Variant())
             step = max(first.step, 0)
-            batches = {rank: torch.load(self._batches(name, rank), weights_only=False) for rank, _ in sources[step]}
+            batches = {
+                rank: torch.load(self._batches(pair.name, rank), weights_only=False) for rank, _ in sources[step]
+            }
             tp = observed.parallelism.tp
             given = [
                 (rank, m, len(digests(batches[rank][step][m])), batches[rank][step][m]) for rank, m in sources[step]
@@ -251,32 +250,21 @@ class Worker:
                     facts=facts,
                     observed=observed,
                     reference=reference,
-                    unclipped=others[0],
-                    again=others[1],
+                    unclipped=unclipped,
+                    again=None if again is None else self._run(observed, again),
                     contribute=contribute,
                     probe=Probe(run),
                 )
             )
 
-    def pictures(
-        self,
-        place: Place,
-        name: str,
-        trusted: str,
-        floors: Mapping[int, float],
-        observed: Observed,
-        unclipped: str | None,
-        parts: Sequence[Sequence[tuple[int, int]]],
-        chosen: Sequence[Comparison],
-    ) -> tuple[Picture, ...]:
+    def pictures(self, place: Place, pair: Pair, chosen: Sequence[Comparison]) -> tuple[Picture, ...]:
         """What is to be kept of a few tensors (`compare.picture.chosen`) when the traces are gone.
 
-        Of gradients of the first step that were looked at before a user's own clipping (`unclipped`), that run's.
+        Of gradients of the first step that were looked at before a user's own clipping, that run's.
         """
         del place
-        reference = Reference(trace=TraceFile(self.trace(trusted, 0)), floors=floors, parts=parts)
-        run = replace(observed, ranks=self._traces(name, observed))
-        before = run if unclipped is None else replace(observed, ranks=self._traces(unclipped, observed))
+        reference, run, unclipped = self._read(pair)
+        before = unclipped or run
 
         def held(c: Comparison) -> list[Part]:
             return parts_held(c.key, before if c.stage == "gradient" and c.step == 0 else run, reference)
@@ -288,7 +276,7 @@ class Worker:
     ) -> list[Seen]:
         """Hold the replicas of a run (`observed.ranks` is filled in here) against each other."""
         del place
-        return compare_invariants(replace(observed, ranks=self._traces(name, observed)), shapes)
+        return compare_invariants(self._run(observed, name), shapes)
 
     def blind(self, place: Place, trusted: str, runs: Mapping[str, Parallelism]) -> tuple[Lesson, dict[str, Counts]]:
         """What the reference had to show, and what each part of the runs' batches counted."""
@@ -298,6 +286,16 @@ class Worker:
             for name, layout in runs.items()
         }
         return learn(TraceFile(self.trace(trusted, 0)), self.steps, self.dtype), counts
+
+    def _read(self, pair: Pair) -> tuple[Reference, Observed, Observed | None]:
+        """The reference, the run, and the run without a user's own clipping, where there is one."""
+        trace = TraceFile(self.trace(pair.trusted, 0))
+        reference = Reference(trace=trace, floors=pair.floors, parts=pair.parts)
+        run = self._run(pair.observed, pair.name)
+        return reference, run, None if pair.unclipped is None else self._run(pair.observed, pair.unclipped)
+
+    def _run(self, observed: Observed, name: str) -> Observed:
+        return replace(observed, ranks=self._traces(name, observed))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
