@@ -1,7 +1,9 @@
 """What a user writes, and what pytest says of it. One run of pytest serves many tests."""
 
 import re
+import tempfile
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 pytest_plugins = "pytester"
 
@@ -299,9 +301,13 @@ def test_failures_are_shown_once_with_their_ranks(run, pytester) -> None:
     assert "[ranks 0-3] same" in cases["test_alike"].find("system-out").text
 
 
-def test_a_rank_that_is_killed_beside_its_data_loaders_leaves_nothing(run, tmp_path, monkeypatch):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
+def test_a_rank_that_is_killed_beside_its_data_loaders_leaves_nothing(run, monkeypatch):
+    # Not `tmp_path`: the path of a socket of Python's multiprocessing has a hundred characters at most.
+    with tempfile.TemporaryDirectory(prefix="f-", ignore_cleanup_errors=True) as scratch:
+        _kills_beside_data_loaders(run, monkeypatch, Path(scratch))
+
+
+def _kills_beside_data_loaders(run, monkeypatch, scratch):
     monkeypatch.setenv("TMPDIR", str(scratch))
     done = run(
         "--basetemp=base",

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fault_rows import FAULTY, HANG_S, LONG_S, LOOP, Fault
 from warm_commands import Commands
@@ -48,11 +49,12 @@ class Seen:
 
 def run(fault: Fault, commands: Commands, folder: Path) -> Seen:
     """Tries one fault in an empty `folder`."""
-    scratch, said, began = (folder / name for name in ("scratch", "said", "began"))
-    scratch.mkdir()
+    said, began = (folder / name for name in ("said", "began"))
     env = {"FAULT": "sleeps" if fault.sent else fault.does or fault.name, "FAULT_BEGAN": str(began), **dict(fault.env)}
     shared = set(os.listdir("/dev/shm"))
     with ExitStack() as stack:
+        # Not in `folder`: the path of a socket of Python's multiprocessing has a hundred characters at most.
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="f-", ignore_cleanup_errors=True)))
         small = folder / "small"
         if fault.room is not None:
             env |= stack.enter_context(_little_room(small, fault))
@@ -72,11 +74,12 @@ def run(fault: Fault, commands: Commands, folder: Path) -> Seen:
         kept = len(list(saved.glob("step-*")))
         if fault.room and fault.way == "record":
             subprocess.run(["cp", "-r", saved, folder / "recording"], check=True)
+        left = _left(pid, scratch, shared) + unfinished
     return Seen(
         exit_code=ended.exit_code,
         said=said.read_text(errors="replace"),
         seconds=ended.at - (float(began.read_text()) if began.exists() else started),
-        left=_left(pid, scratch, shared) + unfinished,
+        left=left,
         kept=kept,
         recording=folder / "recording" if fault.room else saved,
     )

@@ -43,7 +43,9 @@ def test_it_ends_at_once_where_there_was_nothing_to_say() -> None:
 
 
 def test_after_the_end_a_sigterm_is_what_it_was() -> None:
-    done = ended("words.end(); print(signal.getsignal(signal.SIGTERM).name, signal.set_wakeup_fd(-1)); kill()")
+    done = ended(
+        "words.end(); print(signal.getsignal(signal.SIGTERM).name, signal.set_wakeup_fd(-1), flush=True); kill()"
+    )
     assert (done.stdout, done.returncode) == ("SIG_DFL -1\n", -signal.SIGTERM)
 
 

@@ -19,6 +19,10 @@ rm -rf -- "$0" 2>/dev/null || { sleep 1; rm -rf -- "$0"; }
 the folder is removed once more."""
 
 
+_LONGEST_HOME = 103 - len("/listener-12345678")
+"""Bytes: the path of a socket has 103 at most on macOS, 107 on Linux."""
+
+
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """An empty folder for this process and those that it forks, removed in the end with all that is in it.
@@ -33,8 +37,12 @@ def scratch_folder() -> Iterator[Path]:
 def home_of_sockets(folder: Path) -> Iterator[None]:
     """Processes forked inside keep the sockets of Python's multiprocessing in `folder`, not in a folder of their own.
 
-    So do their data loaders. A rank that is ended has no time to remove them.
+    So do their data loaders. A rank that is ended has no time to remove them. Where `folder` lies too deep for sockets,
+    Python's own shorter name is left to try.
     """
+    if len(os.fsencode(folder)) > _LONGEST_HOME:
+        yield
+        return
     # Processes take it over from who starts them. Python has no public way to say so (`multiprocessing.util`).
     config = vars(multiprocessing.current_process()).get("_config", {})
     before = config.get("tempdir")
