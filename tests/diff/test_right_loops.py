@@ -8,11 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from small_gpt import Loop, OnRanks
+from torch import Tensor, nn
 
 import shardproof as sp
 from shardproof.compare.run import RANDOM
-from shardproof.ranks import Ranks, start
+from shardproof.ranks import Place, Ranks, start
 
 PAIRS: Mapping[str, tuple[tuple[int, Loop], tuple[int, Loop]]] = {
     "fused blocks cut by hand": ((1, Loop()), (2, Loop("by-hand-tp"))),
@@ -68,3 +71,37 @@ def test_parts_that_are_padded_to_lengths_of_their_own_read_the_same_samples(ran
         assert report.ok, str(report)
         checked = {c.stage for c in report.runs[0].comparisons if c.verdict in ("equal", "rounding")}
         assert {"batch", "gradient", "update"} <= checked
+
+
+class WithClosure:
+    """Trains by LBFGS, which remembers the loss of this rank's own part."""
+
+    def train(self, place: Place, path: Path, world: int) -> None:
+        with place.world("closure", world):
+            self._train(path, place.rank, world)
+
+    def _train(self, path: Path, rank: int, world: int) -> None:
+        torch.manual_seed(0)
+        model: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        inputs, targets = torch.randn(3, 16, 6, dtype=torch.float64), torch.randint(0, 3, (3, 16))
+        model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+        with sp.record(path, model, optimizer):
+            for x, y in zip(inputs.chunk(world, 1)[rank], targets.chunk(world, 1)[rank], strict=True):
+
+                def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                    optimizer.zero_grad()
+                    loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+
+
+def test_an_optimizer_that_keeps_the_loss_of_its_own_part(tmp_path: Path) -> None:
+    with start(2, WithClosure(), timeout_s=60) as ranks:
+        for world in (1, 2):
+            ranks.call("train", tmp_path / f"{world}", world, ranks=list(range(world)))
+    report = sp.diff(tmp_path / "1", tmp_path / "2")
+    assert report.ok, str(report)
+    assert {c.part for c in report.runs[0].comparisons if c.stage == "optimizer-state"} >= {"prev_flat_grad", "H_diag"}

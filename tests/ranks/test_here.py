@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from shardproof.errors import UsageError
+from shardproof.errors import RankLost, UsageError
 from shardproof.ranks import Here, Place, Ranks, here, start
 from shardproof.ranks.failure import lost_peer, only_waited
 from shardproof.ranks.interface import choose_interface, interface_to
@@ -38,13 +38,13 @@ class UnderALauncher:
             found = joined.place.rank, joined.place.size, _sum_of_ranks(), torch.get_num_threads()
         return *found, dist.is_initialized()
 
-    def waits_for_one_who_stays_away(self, place: Place, port: int) -> tuple[bool, bool]:
+    def waits_for_one_who_stays_away(self, place: Place, port: int) -> tuple[str, bool]:
         self._launch(place, port)
         here.START_S = 1.0
         try:
             Here("cpu", timeout_s=1.0)
-        except RuntimeError as error:
-            return lost_peer(error), dist.is_initialized()
+        except RankLost as error:
+            return str(error), dist.is_initialized()
         finally:
             here.START_S = 300.0
         raise ValueError("nobody was missed")
@@ -116,7 +116,10 @@ def test_processes_of_a_launch_join_each_other_and_share_the_cores(
 def test_a_peer_that_stays_away_or_hangs_is_an_error_in_time(ranks: Ranks, port: int) -> None:
     began = time.monotonic()
     assert ranks.call("waits_for_one_who_is_stuck", port) == {0: True, 1: True}
-    assert ranks.call("waits_for_one_who_stays_away", port + 1, ranks=[0]) == {0: (True, False)}
+    for stayed, away in ((0, 1), (1, 0)):
+        said, joined = ranks.call("waits_for_one_who_stays_away", port + 1 + stayed, ranks=[stayed])[stayed]
+        assert said.startswith(f"rank {stayed} lost a peer in the start: rank {away} has not come within 1 s: ")
+        assert not joined
     assert time.monotonic() - began < 10.0
 
 

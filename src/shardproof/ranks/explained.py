@@ -73,6 +73,15 @@ def refuse_uneven(answers: Mapping[int, Answer], journals: Callable[[], Journals
     )
 
 
+def never_came(ranks: Sequence[int], within: str = "") -> str:
+    """Of processes of a launch that shardproof has not heard of."""
+    few = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {numbers(ranks)} have"
+    return (
+        f"{few} not come{within}: the launcher started a process that ended, or still works, before shardproof was "
+        "called in it, as in an import, or in a branch for some ranks only"
+    )
+
+
 class Standstill:
     """Notices that ranks have called different collectives, long before the time limit of a call."""
 

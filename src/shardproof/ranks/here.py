@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from shardproof.errors import UsageError
+from shardproof.errors import RankLost, UsageError
+from shardproof.ranks.explained import never_came
 from shardproof.ranks.interface import choose_interface
 from shardproof.ranks.launch import Launch
 from shardproof.ranks.place import Place, Rendezvous, leave
+from shardproof.ranks.wire import Wire
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
+_meetings = itertools.count()
+"""Every process of the launch runs the same program, so the n-th meeting of one is the n-th of the others."""
 START_S = 300.0
 """How long the processes of a launch may take to join, at least: one loads its modules much later than another."""
 
@@ -27,7 +34,8 @@ class Here:
     torchrun (see `Launch`) all processes of the launch join; where one of them is lost, collectives of the others
     raise within `timeout_s` seconds, as nobody else watches over them: see `failure.lost_peer`, and `limit_groups`.
 
-    Raises `UsageError` for a device that is not there or that the group does not serve.
+    Raises `UsageError` for a device that is not there or that the group does not serve, `RankLost` where processes of
+    the launch do not come within `START_S`, or `timeout_s` if that is longer.
     """
 
     place: Place
@@ -111,6 +119,7 @@ def _join(launch: Launch, device: str, timeout: timedelta) -> Place:
     import torch.distributed as dist  # noqa: PLC0415
 
     choose_interface(launch, os.environ)
+    _meet(launch, timeout)
     if device == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # each rank would take all cores
     place = Place(
@@ -123,6 +132,32 @@ def _join(launch: Launch, device: str, timeout: timedelta) -> Place:
     place.use_device()
     dist.init_process_group(place.backend(), init_method="env://", timeout=timeout)
     return place
+
+
+def _meet(launch: Launch, timeout: timedelta) -> None:
+    """Returns once all processes of the launch are here: `init_process_group` would not say who is missing."""
+    from torch.distributed import DistNetworkError  # noqa: PLC0415  (as above)
+
+    deadline, pause_s = time.monotonic() + timeout.total_seconds(), _SHORTEST_PAUSE_S
+    missing: list[int] = []
+    try:
+        wire = Wire(launch, f"shardproof/{launch.attempt}/here/{next(_meetings)}", connect=timeout)
+        wire.send(str(launch.rank), b"")
+        if wire.count("come") == launch.world_size:
+            wire.send("all", b"")
+        while wire.look("all") is None:
+            if time.monotonic() > deadline:
+                missing = [rank for rank in range(launch.world_size) if wire.look(str(rank)) is None]
+                break
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    except DistNetworkError:
+        if launch.agent_store:
+            raise
+        missing = [0]  # who has to hold the store
+    if missing:
+        how = never_came(missing, f" within {timeout.total_seconds():g} s")
+        raise RankLost(launch.rank, how, during="the start")
 
 
 def _in_one_already() -> NoReturn:

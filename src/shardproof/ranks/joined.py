@@ -14,7 +14,7 @@ from shardproof.errors import InvariantError, RankDied, RankError, RankHung, Ran
 from shardproof.ranks import noise, oom
 from shardproof.ranks.answer import perform
 from shardproof.ranks.blame import cause
-from shardproof.ranks.explained import Standstill, explained, hung, refuse_uneven
+from shardproof.ranks.explained import Standstill, explained, hung, never_came, refuse_uneven
 from shardproof.ranks.follow import ANSWERS, BYE, STACKS, STOP, call_key, follow, here_key, stack_key
 from shardproof.ranks.heard import Heard
 from shardproof.ranks.interface import choose_interface
@@ -22,7 +22,6 @@ from shardproof.ranks.journal import Call
 from shardproof.ranks.last_words import LastWords
 from shardproof.ranks.launch import Launch
 from shardproof.ranks.mismatch import told_waiting, who_waits
-from shardproof.ranks.output import numbers
 from shardproof.ranks.overhear import own_journal
 from shardproof.ranks.own_part import OwnPart
 from shardproof.ranks.place import Place, Rendezvous
@@ -126,7 +125,7 @@ class JoinedRanks(Ranks):
             away = [rank for rank in sorted(heard.silent - {0}) if self._wire.look(here_key(rank)) is None]
             if away:
                 stacks |= dict.fromkeys(away, "  unknown: its process has not come as far as shardproof")
-                raise RankHung(self._timeout_s, stacks, during=during, found=_never_came(away))
+                raise RankHung(self._timeout_s, stacks, during=during, found=never_came(away))
             raise hung(self._timeout_s, stacks, journals, during=during)
         refuse_uneven(heard.answers, lambda: self._stacks(own, set(ranks))[1], during=during)
         return {rank: heard.answers[rank].result for rank in ranks}
@@ -214,11 +213,3 @@ class JoinedRanks(Ranks):
         followers = self._launch.world_size - 1
         while time.monotonic() < deadline and self._wire.look(f"{BYE}/{followers}") is None and followers:
             time.sleep(_POLL_S)
-
-
-def _never_came(ranks: list[int]) -> str:
-    few = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {numbers(ranks)} have"
-    return (
-        f"{few} not come: the launcher started a process that ended, or still works, before shardproof was called in "
-        "it, as in an import, or in a branch for some ranks only"
-    )

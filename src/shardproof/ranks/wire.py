@@ -24,8 +24,8 @@ class Wire:
     launch's store can run code in its processes.
     """
 
-    def __init__(self, launch: Launch, prefix: str) -> None:
-        self._store = store(launch, prefix)
+    def __init__(self, launch: Launch, prefix: str, *, connect: timedelta = _CONNECT) -> None:
+        self._store = store(launch, prefix, connect=connect)
 
     def send(self, key: str, message: bytes) -> None:
         """Writes a message for whoever reads `key`."""
@@ -47,13 +47,16 @@ class Wire:
         return self._store.add(key, 1)
 
 
-def store(launch: Launch, prefix: str) -> Store:
-    """The launch's store under `prefix`. Raises `UsageError` where rank 0 has to hold it and its port is in use."""
+def store(launch: Launch, prefix: str, *, connect: timedelta = _CONNECT) -> Store:
+    """The launch's store under `prefix`. Raises `UsageError` where rank 0 has to hold it and its port is in use.
+
+    Raises torch's `DistNetworkError` where nobody holds it within `connect`.
+    """
     from torch._C._distributed_c10d import PrefixStore, TCPStore  # noqa: PLC0415  (the room must be importable without torch)
 
     if launch.rank == 0 and not launch.agent_store:
         _host(launch)
-    client = TCPStore(launch.host, launch.port, is_master=False, timeout=_CONNECT, wait_for_workers=False)
+    client = TCPStore(launch.host, launch.port, is_master=False, timeout=connect, wait_for_workers=False)
     client.set_timeout(FOREVER)
     return PrefixStore(prefix, client)
 

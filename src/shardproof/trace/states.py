@@ -20,6 +20,10 @@ State = tuple[str, str, str, Tensor, Piece | None]
 CAUSES = {"update": 0, "buffer": 1, "optimizer-state": 2}
 """Stages of a state, in the order in which a wrong one spreads from before the first step."""
 
+LOSSES = frozenset({"prev_loss"})
+"""What LBFGS keeps of its closure's loss, to know when to stop: on a data rank that is the loss of its own part, which
+is right to differ from those of others. Losses have a stage of their own."""
+
 
 def optimizer_state(parameters: Iterable[Held], optimizer: Optimizer) -> Iterator[State]:
     """What `optimizer` remembers of each of these parameters; a number is shown as a tensor of shape ()."""
@@ -28,6 +32,8 @@ def optimizer_state(parameters: Iterable[Held], optimizer: Optimizer) -> Iterato
             # Of a parameter of which this rank holds nothing, it need not count steps either.
             continue
         for key, value in optimizer.state.get(held.leaf, {}).items():
+            if key in LOSSES:
+                continue
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape == held.leaf.shape:
                 yield "optimizer-state", held.name, key, held.local(value), held.piece_of(value)
             elif isinstance(value, int | float | Tensor):
