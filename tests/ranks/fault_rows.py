@@ -105,6 +105,7 @@ FAULTS = (
         early=True,
         says=(_OTHER, "ranks 0, 2: all_reduce SUM", "rank 1: broadcast from rank 0"),
     ),
+    Fault(name="another collective late", early=True, says=(_OTHER,), rare=True),
     Fault(name="another shape", early=True, says=(_OTHER, "float64 [4]", "rank 1: all_reduce SUM of float64 [8]")),
     Fault(
         name="another dtype",
@@ -192,6 +193,9 @@ FAULTS = (
     Fault(name="raises", torchrun=True, exit_code=1, noise=True, says=(_FAILED, "ValueError: 3 is not 4")),
     Fault(name="sleeps", torchrun=True, exit_code=1, noise=True, says=_HUNG, rare=True),
     Fault(name="another collective", torchrun=True, exit_code=1, noise=True, early=True, says=(_OTHER,), rare=True),
+    Fault(
+        name="another collective late", torchrun=True, exit_code=1, noise=True, early=True, says=(_OTHER,), rare=True
+    ),
     Fault(
         name="killed", way="record", exit_code=1, noise=True, says=("by peer", "ChildFailedError"), line=False, keeps=2
     ),

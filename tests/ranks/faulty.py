@@ -145,6 +145,14 @@ def another_collective(guilty: bool) -> None:
         dist.all_reduce(torch.ones(4))
 
 
+def another_collective_late(guilty: bool) -> None:
+    if guilty:
+        time.sleep(4)
+        dist.broadcast(torch.ones(4), 0)  # <- another collective late
+    else:
+        dist.all_reduce(torch.ones(4))
+
+
 def another_shape(guilty: bool) -> None:
     dist.all_reduce(torch.ones(8 if guilty else 4))  # <- another shape
 
@@ -185,6 +193,7 @@ def waits_while_it_fails(guilty: bool) -> None:
 ON_ALL = (
     raises_everywhere,
     another_collective,
+    another_collective_late,
     another_shape,
     another_dtype,
     another_order,

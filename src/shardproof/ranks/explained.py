@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -85,25 +86,28 @@ def never_came(ranks: Sequence[int], within: str = "") -> str:
 class Standstill:
     """Notices that ranks have called different collectives, long before the time limit of a call."""
 
-    def __init__(self, journals: Callable[[], Journals], counts: Callable[[], Sequence[int]]) -> None:
-        self._journals, self._counts = journals, counts
+    def __init__(
+        self, journals: Callable[[], Journals], counts: Callable[[], Sequence[int]], *, again_s: float = math.inf
+    ) -> None:
+        """`counts` says how many each rank has called; where it knows of some only, look once more after `again_s`."""
+        self._journals, self._counts, self._again_s = journals, counts, again_s
         self._before: Sequence[int] = ()
-        self._looked = True
+        self._look_at = math.inf
         self._next = time.monotonic() + STANDSTILL_S
 
     def __call__(self) -> bool:
-        """To be called often; looks into the journals once nobody has called anything for a while, and once only."""
+        """To be called often; looks into the journals once nobody has called anything for a while."""
         now_s = time.monotonic()
         if now_s < self._next:
             return False
         self._next = now_s + STANDSTILL_S
         now = self._counts()
         if now != self._before:
-            self._before, self._looked = now, False
+            self._before, self._look_at = now, now_s
             return False
-        if self._looked:
+        if now_s < self._look_at:
             return False
-        self._looked = True
+        self._look_at = now_s + self._again_s
         found = first_mismatch(self._journals(), sizes=False) is not None
         # Of ranks on other machines journals take a while: a run whose every step has a pause is not to wait for them.
         self._next = max(self._next, time.monotonic() + _REST * (time.monotonic() - now_s))

@@ -39,6 +39,8 @@ _ENDING_S = 1.0
 """How long after a SIGTERM ranks may still say that they have lost a peer, which is why the launcher sends it."""
 _LOOK_S = 1.0
 """How long ranks that may be at work have to answer, while nothing is known to be wrong."""
+_AGAIN_S = 3.0
+"""How long after a look at what all ranks have called, while this one waits, another one calls something else."""
 _BYE_S = 5.0
 """How long a leader that hosts the store keeps it open for those who have not read their last message."""
 _pools = itertools.count()
@@ -110,7 +112,11 @@ class JoinedRanks(Ranks):
             else:
                 self._sent[rank] += 1
                 self._wire.send(call_key(rank, self._sent[rank]), message)
-        stuck = Standstill(lambda: self._stacks(own, set(ranks), wait_s=_LOOK_S)[1], lambda: (self._journal.count(),))
+        stuck = Standstill(
+            lambda: self._stacks(own, set(ranks), wait_s=_LOOK_S)[1],
+            lambda: (self._journal.count(),),
+            again_s=_AGAIN_S,
+        )
         heard = self._hear(own, set(ranks), live=live, stuck=stuck)
         found = cause(heard.answers, heard.deaths, during=during)
         if found is not None:
