@@ -94,6 +94,24 @@ def test_code_that_reads_torchruns_variables_finds_its_world_in_them() -> None:
         assert ranks.call("step")[1] == [["1", "2", "1", "2"], ["0", "1", "0", "1"], [None] * 4]
 
 
+def test_a_rank_that_leaves_at_once_waits_for_those_that_still_join() -> None:
+    class Leaves:
+        def step(self, place: Place) -> None:
+            for _ in range(60):
+                with place.world("short", place.size):
+                    pass
+
+    # Others on the machine make it likely: by itself it went wrong once in some hundred runs.
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        with start(4, Leaves()) as ranks:
+            assert ranks.call("step") == dict.fromkeys(range(4))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 def test_meshes_of_an_earlier_world_do_not_leak_into_the_next() -> None:
     class TrainsInTurn:
         def step(self, place: Place, tp: int, groups: int) -> list[float]:

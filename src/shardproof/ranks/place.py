@@ -117,6 +117,7 @@ class Place:
         rank = 0 if size == 1 else self.rank
         with self._announced(rank, size):
             dist.init_process_group(self.backend(), store=store, rank=rank, world_size=size, timeout=FOREVER)
+            all_joined(store, size)
             try:
                 yield
             except BaseException:
@@ -155,6 +156,17 @@ class Place:
         local_size = self._rendezvous.local_size if self._rendezvous else 1
         # NCCL refuses two ranks on one device. Tensors on the CPU go through gloo either way.
         return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= local_size else "gloo"
+
+
+def all_joined(store: Store, size: int) -> None:
+    """Returns once all ranks of a new process group have joined it: run it with the store of the group.
+
+    A rank that calls no collective may leave again while others still connect to it. Gloo tells them, and only now
+    and then, that the connection was closed by a peer.
+    """
+    if store.add("joined", 1) == size:
+        store.set("all joined", "")
+    store.wait(["all joined"], FOREVER)
 
 
 def leave(*, in_peace: bool) -> None:
