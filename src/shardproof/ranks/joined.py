@@ -40,7 +40,7 @@ _ENDING_S = 1.0
 _LOOK_S = 1.0
 """How long ranks that may be at work have to answer, while nothing is known to be wrong."""
 _AGAIN_S = 3.0
-"""How long after a look at what all ranks have called, while this one waits, another one calls something else."""
+"""How long after that they are asked once more, while this rank waits: one may call something else only later."""
 _BYE_S = 5.0
 """How long a leader that hosts the store keeps it open for those who have not read their last message."""
 _pools = itertools.count()
